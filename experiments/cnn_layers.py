@@ -1,0 +1,15 @@
+"""The convolutional network of TensorFlow's "A Guide to TF Layers": an estimator that goes on from its folder.
+
+    python launch/train.py experiments/cnn_layers.py --workdir runs/cnn_layers --resume
+
+Published: 97.3 %.
+"""
+
+from flaxmnist.config import CNN, SGD, Config, Glorot, Train
+
+config = Config(
+    name="cnn_layers",
+    model=CNN(features=(32, 64), kernel=5, padding="SAME", dense=1024, dropout=0.4, kernel_init=Glorot()),
+    optimizer=SGD(learning_rate=0.001),
+    train=Train(batch_size=100, steps=20_000, log_every=50, evaluate_every=2_000, report="probabilities"),
+)

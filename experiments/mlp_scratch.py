@@ -1,0 +1,16 @@
+"""A dense network built from small parts, plain gradient descent, the last short batch of 96 kept.
+
+    python launch/train.py experiments/mlp_scratch.py
+
+Published: 82 %. Here: 81.55 ± 0.32 % (mean ± std, seeds 0–9), 13 s on two cores of a Xeon with AVX-512.
+"""
+
+from flaxmnist.config import MLP, SGD, Config, Data, Train, Uniform
+
+config = Config(
+    name="mlp_scratch",
+    model=MLP(hidden=(512,), kernel_init=Uniform(0.0, 0.1)),
+    optimizer=SGD(learning_rate=0.001),
+    data=Data(validation=0, order="file", last_batch="keep"),
+    train=Train(batch_size=128, epochs=10, log_every=100, report="batch_loss"),
+)

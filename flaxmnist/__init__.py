@@ -1,0 +1,35 @@
+"""MNIST in JAX and Flax: experiments to launch, parts to import."""
+
+from flaxmnist.config import Config, load_experiment
+from flaxmnist.data import Dataset, Split, load_data
+from flaxmnist.evaluation import Evaluation, evaluate, predict
+from flaxmnist.models import CNN, MLP, Softmax, make_model
+from flaxmnist.runs import Run, fit
+from flaxmnist.state import Batch, TrainState
+from flaxmnist.steps import create_state, train_step, train_steps
+from flaxmnist.trained import load_run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CNN",
+    "MLP",
+    "Batch",
+    "Config",
+    "Dataset",
+    "Evaluation",
+    "Run",
+    "Softmax",
+    "Split",
+    "TrainState",
+    "create_state",
+    "evaluate",
+    "fit",
+    "load_data",
+    "load_experiment",
+    "load_run",
+    "make_model",
+    "predict",
+    "train_step",
+    "train_steps",
+]

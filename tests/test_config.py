@@ -1,0 +1,132 @@
+"""What a config accepts, what it says of the rest, and its JSON form."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, small
+
+from flaxmnist import config, fields
+from flaxmnist.config import CNN, MLP, SGD, Adam, Augment, Config, Data, Objective, Softmax, Train
+from flaxmnist.errors import UserError
+
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_file_survives_json(path):
+    experiment = config.load_experiment(path)
+    assert fields.from_json(fields.to_json(experiment), Config) == experiment
+    assert experiment.name == path.stem
+
+
+def test_a_union_carries_its_kind():
+    written = fields.to_json(small(optimizer=Adam()))
+    assert written["optimizer"]["kind"] == "Adam"
+    assert written["optimizer"]["schedule"] == {"kind": "Flat"}
+    assert "kind" not in written["train"]
+
+
+WRONG = {
+    "seed must lie in [0, 2.14748e+09], but is -1": lambda: replace(small(), seed=-1),
+    "seed must be int, but is 1.5": lambda: replace(small(), seed=1.5),
+    "name must be a word": lambda: replace(small(), name="a/b"),
+    "train.batch_size must lie in [1,": lambda: small(batch_size=0),
+    "set one and leave the other None": lambda: small(epochs=3),
+    "train.epochs None; set one": lambda: small(steps=None),
+    "train.ema_decay must lie in [0, 1), but is 1.0": lambda: small(ema_decay=1.0),
+    "set train.evaluate_every": lambda: small(patience=3),
+    "data.validation must not be 0": lambda: small(
+        patience=3, evaluate_every=1, data=Data(name="digits", validation=0)
+    ),
+    "train.report must be 'loss' or": lambda: small(report="everything"),
+    "optimizer.learning_rate must lie in (0, inf), but is nan": lambda: small(
+        optimizer=SGD(learning_rate=float("nan"))
+    ),
+    "optimizer.learning_rate must be float, but is '1'": lambda: small(optimizer=SGD(learning_rate="1")),
+    "optimizer.momentum must lie in [0, 1), but is 1": lambda: small(optimizer=SGD(momentum=1)),
+    "optimizer.nesterov needs": lambda: small(optimizer=SGD(nesterov=True)),
+    "optimizer.b2 must lie in": lambda: small(optimizer=Adam(b2=1.0)),
+    "optimizer.schedule.peak must lie in (0, 1)": lambda: small(optimizer=SGD(schedule=config.OneCycle(peak=0.0))),
+    "optimizer must be SGD or Adam, but is Softmax": lambda: small(optimizer=Softmax()),
+    "model.hidden must be a tuple of int": lambda: small(MLP(hidden=[3])),
+    "model.hidden must be units of at least 1": lambda: small(MLP(hidden=(0,))),
+    "model.features must be at least one": lambda: small(CNN(features=())),
+    "model.padding must be 'SAME' or 'VALID', but is 'same'": lambda: small(CNN(padding="same")),
+    "model.dropout must lie in [0, 1), but is 1.0": lambda: small(CNN(dropout=1.0)),
+    "model.bias_init cannot be Glorot or LeCun": lambda: small(Softmax(bias_init=config.Glorot())),
+    "model.kernel_init: low must be under high": lambda: small(Softmax(kernel_init=config.Uniform(1.0, 0.0))),
+    "model.kernel_init.stddev must not be negative": lambda: small(Softmax(kernel_init=config.Normal(-1.0))),
+    "objective.form probabilities is a product": lambda: replace(small(), objective=Objective(form="probabilities")),
+    "objective.label_smoothing needs": lambda: replace(small(), objective=Objective(label_smoothing=0.1)),
+    "data.augment.shift must lie in [0, 14]": lambda: small(data=Data(augment=Augment(shift=15))),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_value_is_named(message):
+    with pytest.raises(UserError) as raised:
+        WRONG[message]()
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_json_that_no_config_wrote_is_refused():
+    written = fields.to_json(small())
+    for change, message in [
+        ({"speed": 1}, "the config has unknown field 'speed'"),
+        ({"optimizer": {"kind": "Adagrad"}}, "optimizer.kind must be one of SGD, Adam, but is 'Adagrad'"),
+        ({"model": 3}, "model must be an object, but is 3"),
+        ({"seed": "x"}, "seed must be int"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            fields.from_json(written | change, Config)
+    del written["train"]["keep"]
+    with pytest.raises(UserError, match="train has no field 'keep'"):
+        fields.from_json(written, Config)
+
+
+UNNAMED = """
+from flaxmnist.config import *
+config = Config(name="", model=Softmax(), optimizer=SGD(), train=Train(steps=1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "defines no config"),
+        ("config = 3", "defines no config"),
+        ("config = Config(", "does not run: SyntaxError"),
+        ("import nowhere", "does not run: ModuleNotFoundError: No module named 'nowhere'"),
+        ("raise SystemExit", "does not run: SystemExit"),
+        (UNNAMED, "name must be"),
+    ],
+)
+def test_a_broken_experiment_file_is_named(text, message, tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    with pytest.raises(UserError) as raised:
+        config.load_experiment(path)
+    assert message in str(raised.value)
+    assert str(path) in str(raised.value)
+
+
+def test_a_missing_experiment_file_is_named():
+    with pytest.raises(UserError, match=r"no experiment file nowhere\.py: give the path of"):
+        config.load_experiment(Path("nowhere.py"))
+
+
+def test_flatten_names_every_value():
+    flat = fields.flatten(fields.to_json(small(optimizer=SGD(learning_rate=0.25))))
+    assert flat["optimizer.learning_rate"] == 0.25
+    assert flat["model.kernel_init.kind"] == "Constant"
+    assert not any(isinstance(value, dict) for value in flat.values())
+
+
+def test_configs_are_frozen_and_hashable():
+    assert hash(small()) == hash(small())
+    with pytest.raises(AttributeError):
+        small().seed = 3  # pyright: ignore[reportAttributeAccessIssue]
+    assert Train(steps=1) == Train(steps=1)
+    assert isinstance(small(), Config)
