@@ -1,0 +1,130 @@
+"""The models as Flax modules: images in, logits out.
+
+Images are uint8 or floats in [0, 1]. A training step passes ``dropout``, a function that leaves out some of its
+argument's values; without it a model is the deterministic function that evaluation and prediction use.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import jax
+from flax import nnx
+from jax.nn import initializers
+from jaxtyping import Array, Float
+
+from flaxmnist import config, layers
+from flaxmnist.errors import UserError
+from flaxmnist.layers import Images
+
+Logits = Float[Array, "b classes"]
+Dropout = Callable[[Array], Array]
+
+
+def keep_all(x: Array) -> Array:
+    """No dropout."""
+    return x
+
+
+class Softmax(nnx.Module):
+    """Softmax regression: logits = pixels·Wᵀ + b, one row of W a class."""
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int] = (28, 28),
+        classes: int = 10,
+        kernel_init: initializers.Initializer = initializers.zeros,
+        bias_init: initializers.Initializer = initializers.zeros,
+        rngs: nnx.Rngs,
+    ):
+        self.dense = layers.Dense(math.prod(shape), classes, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
+
+    def __call__(self, images: Images, dropout: Dropout = keep_all) -> Logits:
+        return self.dense(dropout(layers.flatten(layers.normalise(images))))
+
+
+class MLP(nnx.Module):
+    """A sequence of dense layers, ReLU after each but the last."""
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int] = (28, 28),
+        classes: int = 10,
+        hidden: Sequence[int] = (512,),
+        kernel_init: initializers.Initializer = layers.LECUN_NORMAL,
+        bias_init: initializers.Initializer = initializers.zeros,
+        rngs: nnx.Rngs,
+    ):
+        sizes = (math.prod(shape), *hidden, classes)
+        self.layers = nnx.List(
+            layers.Dense(inputs, outputs, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
+            for inputs, outputs in pairwise(sizes)
+        )
+
+    def __call__(self, images: Images, dropout: Dropout = keep_all) -> Logits:
+        x = layers.flatten(layers.normalise(images))
+        for layer in self.layers[:-1]:
+            x = dropout(jax.nn.relu(layer(x)))
+        return self.layers[-1](x)
+
+
+class CNN(nnx.Module):
+    """Convolution, 2×2 max-pool and ReLU, as often as ``features`` says; dense with ReLU; dropout; dense."""
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int] = (28, 28),
+        classes: int = 10,
+        features: Sequence[int] = (32, 64),
+        kernel: int = 5,
+        padding: layers.Padding = "SAME",
+        dense: int = 1024,
+        kernel_init: initializers.Initializer = layers.LECUN_NORMAL,
+        bias_init: initializers.Initializer = initializers.zeros,
+        rngs: nnx.Rngs,
+    ):
+        initial = {"kernel_init": kernel_init, "bias_init": bias_init, "rngs": rngs}
+        self.convs = nnx.List(
+            layers.Conv(inputs, outputs, kernel, padding=padding, **initial)
+            for inputs, outputs in pairwise((1, *features))
+        )
+        height, width = shape
+        for _ in features:
+            height, width = (-(-layers.output_size(size, kernel, padding) // 2) for size in (height, width))
+        if height < 1 or width < 1:
+            raise UserError(
+                f"the CNN has no pixel left of {shape[0]}×{shape[1]} after {len(features)} convolutions "
+                f"{kernel}×{kernel} {padding} and pools: "
+                "take a smaller model.kernel, fewer model.features, or model.padding SAME"
+            )
+        self.dense = layers.Dense(height * width * features[-1], dense, **initial)
+        self.logits = layers.Dense(dense, classes, **initial)
+
+    def __call__(self, images: Images, dropout: Dropout = keep_all) -> Logits:
+        x = layers.normalise(images)
+        for conv in self.convs:
+            # The maximum of ReLUs is the ReLU of the maximum, at a quarter of the work.
+            x = jax.nn.relu(layers.max_pool(conv(x)))
+        x = jax.nn.relu(self.dense(layers.flatten(x)))
+        return self.logits(dropout(x))
+
+
+def make_model(model: config.Model, shape: tuple[int, int], classes: int, rngs: nnx.Rngs) -> Softmax | MLP | CNN:
+    """The module that ``model`` describes, for images of ``shape`` (height, width) and so many ``classes``."""
+    common = {
+        "shape": shape,
+        "classes": classes,
+        "kernel_init": layers.initializer(model.kernel_init),
+        "bias_init": layers.initializer(model.bias_init),
+        "rngs": rngs,
+    }
+    match model:
+        case config.Softmax():
+            return Softmax(**common)
+        case config.MLP(hidden=hidden):
+            return MLP(hidden=hidden, **common)
+        case config.CNN(features=features, kernel=kernel, padding=padding, dense=dense):
+            return CNN(features=features, kernel=kernel, padding=padding, dense=dense, **common)

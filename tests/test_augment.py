@@ -1,0 +1,141 @@
+"""Augmentation: each kind of change does what it says, anew for each image, and nothing where it is off."""
+
+import copy
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxmnist.augment import affine, elastic, resample
+from flaxmnist.augment import augment as eager_augment
+from flaxmnist.config import Augment
+
+EVERYTHING = Augment(shift=2.0, rotate=15.0, scale=0.1, elastic=1.0)
+KINDS = [Augment(shift=2.0), Augment(rotate=15.0), Augment(scale=0.1), Augment(elastic=1.0), EVERYTHING]
+KEY = jax.random.key(0)
+augment = jax.jit(eager_augment, static_argnums=0)
+
+
+@pytest.fixture(autouse=True)
+def rank_promotion_raises():
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def blobs(count=8, row=14.0, column=14.0):
+    """Images of a round blob about (row, column)."""
+    rows, columns = np.indices((28, 28))
+    blob = np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / 8)
+    return jnp.asarray(np.tile(blob[None, :, :, None], (count, 1, 1, 1)), jnp.float32)
+
+
+def centre(image):
+    return [jnp.sum(index * image[:, :, 0]) / jnp.sum(image) for index in jnp.indices((28, 28))]
+
+
+def move(image, shift=(0.0, 0.0), rotate=0.0, scale=0.0):
+    return resample(image, affine((28, 28), jnp.array(shift), rotate, scale))
+
+
+def test_off_changes_nothing_and_costs_nothing():
+    images = blobs()
+    assert eager_augment(Augment(), KEY, images) is images
+    one, three = (
+        jax.make_jaxpr(lambda key, images, changes=changes: eager_augment(changes, key, images))(KEY, images)
+        for changes in (Augment(elastic=1.0), EVERYTHING)
+    )
+    assert str(one).count("random_bits") < str(three).count("random_bits")
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_each_kind_changes_each_image_in_its_own_way(changes):
+    images = blobs(row=10, column=17)
+    changed = augment(changes, KEY, images)
+    assert changed.shape == images.shape and changed.dtype == images.dtype
+    for index in range(len(images)):
+        assert not np.allclose(changed[index], images[index], atol=1e-3)
+        assert not np.allclose(changed[index], changed[index - 1], atol=1e-3)
+    np.testing.assert_allclose(changed.sum((1, 2, 3)), images.sum((1, 2, 3)), rtol=0.5)
+    assert float(changed.sum()) == pytest.approx(float(images.sum()), rel=0.2)
+
+
+def test_a_key_gives_its_changes_whatever_the_batch_is_part_of():
+    images = jax.random.uniform(jax.random.key(1), (8, 28, 28, 1))
+    whole = augment(EVERYTHING, KEY, images)
+    for first in (0, 4):
+        part = augment(EVERYTHING, KEY, images[first : first + 4], first=first)
+        np.testing.assert_allclose(part, whole[first : first + 4], atol=1e-6)
+    assert not np.allclose(augment(EVERYTHING, jax.random.key(2), images), whole, atol=0.1)
+
+
+def test_one_kind_draws_the_same_with_the_others_on_or_off():
+    images = blobs()
+    shifted = augment(Augment(shift=3.0), KEY, images)
+    both = augment(Augment(shift=3.0, elastic=1e-6), KEY, images)
+    np.testing.assert_allclose(both, shifted, atol=1e-5)
+
+
+def test_whole_pixel_shift_moves_pixels_and_brings_in_zeros():
+    image = jax.random.uniform(KEY, (28, 28, 1))
+    expected = np.zeros((28, 28, 1), np.float32)
+    expected[3:, :-2] = image[:-3, 2:]
+    np.testing.assert_allclose(move(image, shift=(3.0, -2.0)), expected, atol=1e-5)
+
+
+def test_shift_is_uniform_to_its_field_along_each_axis():
+    images = augment(Augment(shift=2.0), KEY, blobs(500))
+    moved = np.array(jax.jit(jax.vmap(centre))(images)).T - 14
+    assert abs(moved).max() < 2.01 and abs(moved.mean(0)).max() < 0.15
+    np.testing.assert_allclose(moved.std(0), 2 / np.sqrt(3), rtol=0.1)
+
+
+def test_rotation_moves_a_point_anticlockwise_about_the_middle():
+    # The middle of 28 pixels lies at 13.5; from 6 to its right to 6 above it.
+    assert centre(move(blobs(1, 13.5, 19.5)[0], rotate=90.0)) == pytest.approx([7.5, 13.5], abs=1e-3)
+    turned = centre(move(blobs(1, 13.5, 19.5)[0], rotate=30.0))
+    assert turned == pytest.approx([13.5 - 6 * 0.5, 13.5 + 6 * 3**0.5 / 2], abs=0.05)
+
+
+def test_scale_is_growth_about_the_middle():
+    image = blobs(1, 13.5, 18.5)[0]
+    grown = move(image, scale=0.2)
+    assert centre(grown) == pytest.approx([13.5, 13.5 + 5 * 1.2], abs=0.05)
+    assert float(grown.sum() / image.sum()) == pytest.approx(1.2**2, rel=0.02)
+
+
+def test_elastic_displacement_is_smooth_and_has_its_length_everywhere():
+    fields = jax.jit(jax.vmap(lambda key: elastic(key, (28, 28))))(jax.random.split(KEY, 2000))
+    length = jnp.sqrt(jnp.mean(jnp.sum(fields**2, axis=1), axis=0))
+    np.testing.assert_allclose(length, np.ones((28, 28)), atol=0.06)
+    # Correlated as noise under a Gaussian of 4 pixels is: exp(−d² / (4·4²)) at a distance of d pixels.
+    for distance in (1, 4, 8, 16):
+        correlation = 2 * jnp.mean(fields[:, :, distance:] * fields[:, :, :-distance])
+        assert float(correlation) == pytest.approx(np.exp(-(distance**2) / 64), abs=0.03)
+
+
+def test_fields_may_be_traced():
+    images = blobs()
+
+    def changed(shift):
+        changes = copy.copy(Augment(rotate=10.0))
+        # Where types are checked, as in these tests, the constructor takes numbers alone.
+        object.__setattr__(changes, "shift", shift)
+        return eager_augment(changes, KEY, images)
+
+    swept = jax.jit(jax.vmap(changed))(jnp.array([0.0, 2.0]))
+    np.testing.assert_allclose(swept[0], augment(Augment(rotate=10.0), KEY, images), atol=1e-5)
+    np.testing.assert_allclose(swept[1], augment(Augment(rotate=10.0, shift=2.0), KEY, images), atol=1e-5)
+
+
+def test_runs_in_a_loop():
+    images, keys = blobs(), jax.random.split(KEY, 3)
+    looped = jax.lax.fori_loop(0, 3, lambda i, total: total + eager_augment(EVERYTHING, keys[i], images), 0 * images)
+    np.testing.assert_allclose(looped, sum(augment(EVERYTHING, key, images) for key in keys), atol=1e-4)
+
+
+def test_lowers_for_every_platform():
+    program = jax.jit(lambda key, images: augment(EVERYTHING, jax.random.wrap_key_data(key), images))
+    arguments = jax.random.key_data(KEY), blobs()
+    assert jax.export.export(program, platforms=("cpu", "cuda", "tpu"))(*arguments).platforms == ("cpu", "cuda", "tpu")

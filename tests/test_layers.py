@@ -1,0 +1,118 @@
+"""Initial values, convolution and its gradients, sizes, pooling, dropout."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flaxmnist import config, layers
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "padding", "stride", "expected"),
+    [
+        (28, 5, "SAME", 1, 28),
+        (28, 5, "VALID", 1, 24),
+        (28, 5, "SAME", 2, 14),
+        (28, 5, "VALID", 2, 12),
+        (7, 3, "SAME", 2, 4),
+        (7, 4, "VALID", 2, 2),
+        (3, 5, "VALID", 1, 0),
+    ],
+)
+def test_output_size(size, window, padding, stride, expected):
+    assert layers.output_size(size, window, padding, stride) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "padding", "stride"), list(itertools.product((7, 8), (1, 2, 3, 5), ("SAME", "VALID"), (1, 2)))
+)
+def test_convolve_and_its_gradients_are_those_of_lax(size, window, padding, stride, getkey):
+    x = jax.random.normal(getkey(), (3, size, size, 2))
+    kernel = jax.random.normal(getkey(), (window, window, 2, 4))
+
+    def reference(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def ours(x, kernel):
+        return layers.convolve(x, kernel, padding, stride)
+
+    expected, pull_expected = jax.vjp(reference, x, kernel)
+    actual, pull_actual = jax.vjp(ours, x, kernel)
+    side = layers.output_size(size, window, padding, stride)
+    assert actual.shape == (3, side, side, 4)
+    np.testing.assert_array_equal(actual, expected)
+    dy = jax.random.normal(getkey(), actual.shape)
+    for one, other in zip(pull_actual(dy), pull_expected(dy), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_of_a_convolution_counts_every_image_once(getkey):
+    """The gradient of the kernel is summed in ten groups, whether or not ten divides the batch."""
+    kernel = jnp.zeros((3, 3, 1, 1))
+    for count in (1, 9, 10, 11, 23):
+        gradient = jax.grad(lambda k, n=count: layers.convolve(jnp.ones((n, 3, 3, 1)), k, "VALID").sum())(kernel)
+        np.testing.assert_array_equal(gradient, jnp.full((3, 3, 1, 1), count))
+
+
+@pytest.mark.parametrize("side", [4, 5, 7])
+def test_max_pool_takes_the_largest_of_each_block(side, getkey):
+    x = jax.random.normal(getkey(), (2, side, side, 3))
+    pooled = layers.max_pool(x)
+    half = -(-side // 2)
+    assert pooled.shape == (2, half, half, 3)
+    for i, j in itertools.product(range(half), range(half)):
+        block = x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+        np.testing.assert_array_equal(pooled[:, i, j], block.max(axis=(1, 2)))
+
+
+def test_dropout_keeps_the_mean_and_drops_the_share(getkey):
+    x = jnp.ones((200, 500))
+    dropped = layers.dropout(x, 0.4, getkey())
+    assert abs(float((dropped == 0).mean()) - 0.4) < 0.01
+    assert set(np.unique(dropped)) == {0, np.float32(1 / np.float32(0.6))}
+    assert abs(float(dropped.mean()) - 1) < 0.01
+
+
+def test_dropout_takes_a_traced_rate(getkey):
+    key, x = getkey(), jnp.ones((20, 20))
+    np.testing.assert_array_equal(
+        jax.jit(lambda rate: layers.dropout(x, rate, key))(0.25), layers.dropout(x, 0.25, key)
+    )
+
+
+@pytest.mark.parametrize(
+    ("initial", "mean", "stddev", "low", "high"),
+    [
+        (config.Constant(0.1), 0.1, 0, 0.1, 0.1),
+        (config.Normal(2.0), 0, 2.0, -12, 12),
+        (config.TruncatedNormal(0.1), 0, 0.1 * 0.8796, -0.2, 0.2),
+        (config.Uniform(0.0, 0.1), 0.05, 0.1 / 12**0.5, 0, 0.1),
+        (config.Glorot(), 0, (2 / 700) ** 0.5, -((6 / 700) ** 0.5), (6 / 700) ** 0.5),
+        (config.LeCun(2.0), 0, 2 / 400**0.5, -2 * 2 / 400**0.5 / 0.8796, 2 * 2 / 400**0.5 / 0.8796),
+    ],
+)
+def test_initial_values(initial, mean, stddev, low, high, getkey):
+    values = np.asarray(layers.initializer(initial)(getkey(), (400, 300), jnp.float32))
+    assert abs(values.mean() - mean) < 0.02 * max(stddev, 1e-3)
+    assert abs(values.std() - stddev) < 0.01 * max(stddev, 1e-3)
+    assert low - 1e-6 <= values.min()
+    assert values.max() <= high + 1e-6
+
+
+def test_dense_is_a_product_and_a_sum(getkey):
+    layer = layers.Dense(3, 2, rngs=nnx.Rngs(0))
+    assert layer.kernel.shape == (2, 3)
+    x = jax.random.normal(getkey(), (4, 3))
+    expected = [[sum(float(x[b, i]) * float(layer.kernel[o, i]) for i in range(3)) for o in range(2)] for b in range(4)]
+    np.testing.assert_allclose(layer(x), np.array(expected), rtol=1e-5)
+
+
+def test_pixels_are_brought_to_the_unit_interval():
+    images = np.array([0, 51, 255], np.uint8).reshape(3, 1, 1, 1)
+    np.testing.assert_allclose(np.ravel(layers.normalise(jnp.asarray(images))), [0, 0.2, 1])

@@ -1,0 +1,54 @@
+"""The worked numbers of the tutorials' texts, and where the two forms of the cost part."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxmnist.config import Objective
+from flaxmnist.objective import correct, cross_entropy
+
+INTEGER = Objective()
+ONE_HOT = Objective(labels="one_hot")
+WRITTEN = Objective(form="probabilities", labels="one_hot")
+
+
+def test_softmax_of_the_text():
+    expected = [0.16838508, 0.205666, 0.25120102, 0.37474789]
+    np.testing.assert_allclose(jax.nn.softmax(jnp.array([0.1, 0.3, 0.5, 0.9])), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("objective", [INTEGER, ONE_HOT, WRITTEN])
+def test_cross_entropy_of_the_text(objective):
+    """Of [1, 0, 0] with probabilities [.5, .3, .2]: −log .5."""
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+    np.testing.assert_allclose(cross_entropy(objective, logits, jnp.array([0])), [-np.log(0.5)], rtol=1e-6)
+
+
+def test_one_hot_of_three():
+    assert jax.nn.one_hot(3, 10).tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+
+
+def test_all_forms_agree_where_nothing_overflows(getkey):
+    logits = 3 * jax.random.normal(getkey(), (20, 10))
+    labels = jax.random.randint(getkey(), (20,), 0, 10)
+    stable = cross_entropy(INTEGER, logits, labels)
+    np.testing.assert_allclose(cross_entropy(ONE_HOT, logits, labels), stable, rtol=1e-5)
+    np.testing.assert_allclose(cross_entropy(WRITTEN, logits, labels), stable, rtol=1e-5)
+
+
+def test_only_the_stable_form_survives_large_logits():
+    logits, labels = jnp.array([[200.0, 0.0]]), jnp.array([1])
+    assert cross_entropy(INTEGER, logits, labels) == 200
+    assert not np.isfinite(cross_entropy(WRITTEN, logits, labels))
+
+
+def test_label_smoothing_mixes_in_the_uniform_distribution(getkey):
+    logits, labels = jax.random.normal(getkey(), (5, 4)), jnp.array([0, 1, 2, 3, 0])
+    smooth = cross_entropy(Objective(labels="one_hot", label_smoothing=0.2), logits, labels)
+    uniform = sum(cross_entropy(ONE_HOT, logits, jnp.full(5, label)) for label in range(4)) / 4
+    np.testing.assert_allclose(smooth, 0.8 * cross_entropy(ONE_HOT, logits, labels) + 0.2 * uniform, rtol=1e-5)
+
+
+def test_correct():
+    assert correct(jnp.array([[1.0, 2.0], [3.0, 0.0]]), jnp.array([1, 1])).tolist() == [True, False]
