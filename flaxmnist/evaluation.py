@@ -1,0 +1,72 @@
+"""A model's answers on any number of images, counted exactly."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32
+
+from flaxmnist.layers import Images
+
+# Images in one forward pass: enough for the fast kernels, few enough that a CNN's activations stay in the cache.
+FORWARD_BATCH = 250
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """How a model did on ``count`` images."""
+
+    loss: float  # mean cross-entropy, in nats
+    accuracy: float  # share answered rightly
+    count: int  # images
+    confusion: Int[np.ndarray, "classes classes"]  # images by true class (row) and answer (column)
+
+
+def forward(
+    graphdef: nnx.GraphDef, params: Any, images: Images, indices: Int32[Array, "k m"]
+) -> Float[Array, "k m classes"]:
+    """The logits of the images that ``indices`` name, ``m`` at a time."""
+    model = nnx.merge(graphdef, params)
+    return jax.lax.map(lambda chosen: model(images[chosen]), indices)
+
+
+_forward = partial(jax.jit, static_argnums=0)(forward)
+
+
+def predict_logits(model: nnx.Module, images: Images) -> Float[np.ndarray, "n classes"]:
+    """The logits of each image, without dropout, for any number of images."""
+    graphdef, params = nnx.split(model)
+    size = max(1, min(FORWARD_BATCH, len(images)))
+    # The last batch is filled up with the last image, and what comes of that is cut off again.
+    indices = np.minimum(np.arange(len(images) + -len(images) % size, dtype=np.int32), len(images) - 1)
+    answers = np.asarray(_forward(graphdef, params, images, indices.reshape(-1, size)))
+    return answers.reshape(len(indices), -1)[: len(images)]
+
+
+def log_softmax(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:
+    """The logarithm of each row's softmax, in double precision."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def predict(model: nnx.Module, images: Images) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n classes"]]:
+    """The most probable class of each image, and the probabilities of all classes, which sum to 1."""
+    logits = predict_logits(model, images)
+    return logits.argmax(axis=1), np.exp(log_softmax(logits))
+
+
+def evaluate(model: nnx.Module, images: Images, labels: Int32[np.ndarray, " n"]) -> Evaluation:
+    """Loss, accuracy and confusion matrix over exactly these images."""
+    return score(predict_logits(model, images), np.asarray(labels))
+
+
+def score(logits: Float[np.ndarray, "n classes"], labels: Int32[np.ndarray, " n"]) -> Evaluation:
+    """What ``logits`` are worth against ``labels``."""
+    answers = logits.argmax(axis=1)
+    confusion = np.zeros((logits.shape[1], logits.shape[1]), np.int64)
+    np.add.at(confusion, (labels, answers), 1)
+    losses = -np.take_along_axis(log_softmax(logits), labels[:, None], axis=1)
+    return Evaluation(float(losses.mean()), float((answers == labels).mean()), len(labels), confusion)

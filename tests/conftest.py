@@ -1,0 +1,64 @@
+"""Eight CPU devices, no silent broadcasting, and small things that several tests need."""
+
+import itertools
+import os
+from dataclasses import replace
+from pathlib import Path
+
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+
+import jax
+import numpy as np
+import pytest
+
+from flaxmnist.config import CNN, MLP, SGD, Config, Data, Softmax, Train
+from flaxmnist.data import Dataset, Split, load_data
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).parent.parent
+
+MODELS = {
+    "softmax": Softmax(),
+    "mlp": MLP(hidden=(32,)),
+    "cnn": CNN(features=(4, 8), kernel=3, dense=16),
+}
+
+
+@pytest.fixture
+def getkey():
+    """A new key at every call, the same ones in every run of the test."""
+    counter = itertools.count()
+    return lambda: jax.random.key(next(counter))
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    return load_data("digits")
+
+
+@pytest.fixture(scope="session")
+def few(digits) -> Dataset:
+    """The first 70 training, 30 validation and 45 test images of the digits."""
+    parts = {"train": 70, "validation": 30, "test": 45}
+    splits = {name: Split(*(part[:size] for part in digits.splits()[name])) for name, size in parts.items()}
+    return replace(digits, **splits)
+
+
+def small(model="softmax", *, optimizer=None, data=None, **train) -> Config:
+    """A small experiment on the digits: 20 steps of batches of 16, unless told otherwise."""
+    train = {"batch_size": 16, "steps": 20, "log_every": 1} | train
+    return Config(
+        name="small",
+        model=MODELS[model] if isinstance(model, str) else model,
+        optimizer=optimizer or SGD(learning_rate=0.1),
+        data=data or Data(name="digits"),
+        train=Train(**train),
+    )
+
+
+def assert_same(one, other) -> None:
+    """Two pytrees are bitwise the same."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=jax.tree_util.keystr(path))

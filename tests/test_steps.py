@@ -1,0 +1,145 @@
+"""The step and the program of many steps, as pure functions."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import MODELS, assert_same, small
+
+import flaxmnist as fm
+from flaxmnist import order, steps
+from flaxmnist.config import SGD, Adam, Augment, Config, Data, Objective
+from flaxmnist.state import Batch, Metrics, TrainState
+
+
+def batch_of(data, size: int, filled: int = 0) -> Batch:
+    """The first training images, and behind them as many fillings of weight 0."""
+    indices = jnp.concatenate([jnp.arange(size), jnp.full(filled, -1)]).astype(jnp.int32)
+    return steps.take_batch(*map(jnp.asarray, data.train), indices)
+
+
+def run(config: Config, data, cuts: list[int], capacity: int) -> tuple[TrainState, list[Metrics]]:
+    """The state after the stretches that ``cuts`` end, and the metrics of each."""
+    images, labels = map(jnp.asarray, data.train)
+    program = jax.jit(partial(steps.train_steps, config))
+    state, seen = steps.create_state(config, (28, 28), 10), []
+    for start, stop in zip([0, *cuts], cuts, strict=False):
+        indices = np.zeros((capacity, config.train.batch_size), np.int32)
+        indices[: stop - start] = order.batch_indices(config, len(labels), start, stop)
+        state, metrics = program(state, images, labels, indices, np.int32(stop - start))
+        seen.append(jax.tree.map(lambda values, count=stop - start: values[:count], metrics))
+    return state, seen
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_is_one_update_by_the_gradient_of_the_mean_loss(model, few):
+    config = small(model, optimizer=SGD(learning_rate=0.5))
+    state = steps.create_state(config, (28, 28), 10)
+    batch = batch_of(few, 16)
+
+    def loss(params):
+        from flax import nnx
+
+        logits = nnx.merge(state.graphdef, params)(batch.images)
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), batch.labels[:, None], 1))
+
+    value, gradient = jax.value_and_grad(loss)(state.params)
+    after, metrics = steps.train_step(config, state, batch)
+    np.testing.assert_allclose(metrics.batch.loss / metrics.batch.images, value, rtol=1e-5)
+    expected = jax.tree.map(lambda p, g: p - 0.5 * g, state.params, gradient)
+    for new, wanted in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(new, wanted, rtol=1e-4, atol=1e-6)
+    assert after.step == 1
+
+
+def test_fillings_of_a_short_batch_count_for_nothing(few):
+    config = small("mlp")
+    state = steps.create_state(config, (28, 28), 10)
+    short, seen = steps.train_step(config, state, batch_of(few, 11))
+    filled, also_seen = steps.train_step(config, state, batch_of(few, 11, filled=5))
+    assert also_seen.batch.images == 11
+    for one, other in zip(
+        jax.tree.leaves((short.params, seen)), jax.tree.leaves((filled.params, also_seen)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        small("softmax"),
+        small("cnn", optimizer=Adam(), data=Data(name="digits", augment=Augment(shift=2)), ema_decay=0.9),
+        replace(small("mlp", optimizer=SGD(momentum=0.9, accumulate=3)), model=replace(MODELS["mlp"], dropout=0.3)),
+    ],
+    ids=["softmax", "cnn", "mlp"],
+)
+def test_however_a_stretch_is_cut_the_bits_are_the_same(config, few):
+    """In epochs of five steps, the last of them a short one."""
+    whole, (metrics,) = run(config, few, [12], capacity=12)
+    cut, parts = run(config, few, [1, 3, 7, 12], capacity=12)
+    assert_same(whole, cut)
+    assert_same(metrics, jax.tree.map(lambda *values: jnp.concatenate(values), *parts))
+
+
+def test_totals_of_an_epoch_begin_anew(few):
+    _, (metrics,) = run(small(), few, [12], capacity=15)
+    assert metrics.batch.images.tolist() == [16, 16, 16, 16, 6] * 2 + [16, 16]
+    assert metrics.epoch.images.tolist() == [16, 32, 48, 64, 70] * 2 + [16, 32]
+    np.testing.assert_allclose(metrics.epoch.loss[9], metrics.batch.loss[5:10].sum(), rtol=1e-6)
+
+
+def test_the_average_is_the_plain_mean_at_first_and_then_decays(few):
+    config = small(ema_decay=0.75, steps=6)
+    states = [run(config, few, [count], capacity=6)[0] for count in range(1, 7)]
+    kernels = [np.asarray(state.params["dense"]["kernel"], np.float64) for state in states]
+    mean = np.mean(kernels[:4], axis=0)
+    np.testing.assert_allclose(states[3].ema["dense"]["kernel"], mean, rtol=1e-4, atol=1e-7)
+    mean += 0.25 * (kernels[4] - mean)
+    np.testing.assert_allclose(states[4].ema["dense"]["kernel"], mean, rtol=1e-4, atol=1e-7)
+    assert states[4].weights is states[4].ema
+
+
+def test_streams_and_steps_have_keys_of_their_own():
+    keys = [steps.stream_key(seed, stream, step) for seed in (0, 1) for stream in steps.STREAMS for step in (0, 1)]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
+
+
+def test_dropout_changes_with_the_step_and_the_seed(few):
+    config = replace(small("mlp"), model=replace(MODELS["mlp"], dropout=0.5))
+    state, images = steps.create_state(config, (28, 28), 10), jnp.asarray(few.train.images[:4])
+    logits = [
+        steps.train_logits(replace(config, seed=seed), state.model, images, step).tolist()
+        for seed in (0, 1)
+        for step in (0, 1)
+    ]
+    assert len({str(each) for each in logits}) == 4
+
+
+@pytest.mark.parametrize(
+    "objective", [Objective(), Objective(labels="one_hot"), Objective(labels="one_hot", form="probabilities")]
+)
+def test_every_form_of_the_cost_trains(objective, few):
+    config = replace(small(), objective=objective)
+    _, (metrics,) = run(config, few, [20], capacity=20)
+    assert metrics.batch.loss[19] < metrics.batch.loss[4] / 2 * 16 / 6
+
+
+GOLDEN = {
+    "softmax_beginners": (2.3025851, 2.2962792),
+    "softmax_epochs": (23.267641, 19.934309),
+    "mlp_scratch": (6.2120595, 4.8286896),
+    "cnn_experts": (7.4879737, 6.4803834),
+    "cnn_layers": (2.3090692, 2.3026111),
+    "quickstart": (2.3550363, 2.2892141),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_first_steps(name, digits):
+    """Losses of the first two steps on the digits. A change means that every result has changed: say so, and why."""
+    experiment = order.resolve(fm.load_experiment(f"experiments/{name}.py"), len(digits.train.labels))
+    _, (metrics,) = run(experiment, digits, [2], capacity=2)
+    np.testing.assert_allclose(metrics.batch.loss / metrics.batch.images, GOLDEN[name], rtol=1e-5)
