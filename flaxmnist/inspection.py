@@ -1,0 +1,84 @@
+"""What an experiment is made of and how a model did, as text."""
+
+import json
+import math
+from functools import partial
+
+import jax
+import numpy as np
+
+from flaxmnist import fields, order, steps
+from flaxmnist.config import Config
+from flaxmnist.data import Dataset
+from flaxmnist.evaluation import Evaluation
+
+
+def describe(config: Config, data: Dataset) -> str:
+    """The resolved config, the parameters, the operations of a step, and the memory that training needs."""
+    config = order.resolve(config, len(data.train.labels))
+    shape, size = data.train.images.shape[1:], config.train.batch_size
+    state = jax.eval_shape(partial(steps.create_state, config, shape[:2], data.classes))
+    batch = jax.eval_shape(partial(steps.take_batch, *data.train), jax.ShapeDtypeStruct((size,), np.int32))
+    lowered = jax.jit(partial(steps.train_step, config), donate_argnums=0).lower(state, batch)
+    operations = (lowered.cost_analysis() or {}).get("flops", math.nan)
+    memory = lowered.compile().memory_analysis()
+    working = 0 if memory is None else memory.temp_size_in_bytes
+    held = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    images = data.train.images.nbytes + data.train.labels.nbytes
+    return "\n".join(
+        [
+            json.dumps(fields.to_json(config), indent=2),
+            "",
+            parameter_table(state.params),
+            "",
+            f"steps                {config.train.steps:,} of {size} images",
+            f"operations a step    {operations / 1e9:.4g} GFLOP",
+            f"memory               {megabytes(held + images + working)}: state {megabytes(held)}, "
+            f"training images {megabytes(images)}, a step's own {megabytes(working)}",
+        ]
+    )
+
+
+def parameter_table(params) -> str:
+    """Each parameter's path, shape, count and bytes, and their sum."""
+    rows = [("parameter", "shape", "count", "bytes")]
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        count = math.prod(leaf.shape)
+        total += count
+        name, sides = jax.tree_util.keystr(path, simple=True, separator="."), "×".join(map(str, leaf.shape))
+        rows.append((name, sides, f"{count:,}", f"{4 * count:,}"))
+    rows.append(("all", "", f"{total:,}", f"{4 * total:,}"))
+    return table(rows)
+
+
+def class_report(seen: Evaluation) -> str:
+    """Loss, accuracy, the confusion matrix, and precision, recall and F1 of each class."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    classes = len(seen.confusion)
+    truth, answers = np.divmod(np.arange(classes**2), classes)
+    weights, never = seen.confusion.reshape(-1), 0.0  # the score of a class that never is, or is never answered
+    scores = np.array(precision_recall_fscore_support(truth, answers, sample_weight=weights, zero_division=never))  # pyright: ignore[reportArgumentType]
+    rows = [("class", "precision", "recall", "F1", "images")]
+    for number, (precision, recall, f1, count) in enumerate(scores.T):
+        rows.append((str(number), f"{precision:.4f}", f"{recall:.4f}", f"{f1:.4f}", f"{count:.0f}"))
+    matrix = [("true \\ read", *map(str, range(classes)))]
+    matrix += [(str(number), *map(str, row)) for number, row in enumerate(seen.confusion)]
+    head = f"accuracy {seen.accuracy:.4f}, loss {seen.loss:.4f}, {seen.count} images"
+    return "\n".join([head, "", table(rows), "", table(matrix)])
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Rows as aligned text: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"

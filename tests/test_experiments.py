@@ -1,0 +1,182 @@
+"""Every experiment loads, trains, lowers for every platform; every field of a config does something."""
+
+import dataclasses
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, small
+from jax import export
+
+import flaxmnist as fm
+from flaxmnist import config, evaluation, fields, order, steps
+from flaxmnist.config import CNN, MLP, SGD, Adam, Config, Objective, Softmax
+
+NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
+
+
+def load(name: str, count: int) -> Config:
+    return order.resolve(fm.load_experiment(ROOT / f"experiments/{name}.py"), count)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_and_prediction_lower_for_every_platform(name, digits):
+    experiment = load(name, len(digits.train.labels))
+    state = jax.eval_shape(partial(steps.create_state, experiment, (28, 28), 10))
+    images, labels = (jax.ShapeDtypeStruct(part.shape, part.dtype) for part in digits.train)
+    indices = jax.ShapeDtypeStruct((10, experiment.train.batch_size), np.int32)
+    # Flat arguments, since an exported program knows no class of ours.
+    leaves, structure = jax.tree.flatten(state)
+
+    def train(leaves, *rest):
+        return jax.tree.leaves(steps.train_steps(experiment, jax.tree.unflatten(structure, leaves), *rest))
+
+    def predict(leaves, images, indices):
+        return evaluation.forward(state.graphdef, jax.tree.unflatten(structure, leaves).params, images, indices)
+
+    count = jax.ShapeDtypeStruct((), np.int32)
+    for program, arguments in ((train, (leaves, images, labels, indices, count)), (predict, (leaves, images, indices))):
+        exported = export.export(jax.jit(program), platforms=("cpu", "cuda", "tpu"))(*arguments)
+        assert exported.platforms == ("cpu", "cuda", "tpu")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_trains_a_step_and_predicts(name, few):
+    experiment = fm.load_experiment(ROOT / f"experiments/{name}.py")
+    run = fm.fit(replace(experiment, train=replace(experiment.train, steps=1, epochs=None)), few, devices=1)
+    assert run.result["steps"] == 1
+    assert fm.predict(run.model, few.test.images)[1].shape == (45, 10)
+
+
+# A config to begin from, and for each of its fields a change that must be seen in what a run records, keeps or says.
+BASES = {
+    "softmax": small(Softmax(), optimizer=SGD(momentum=0.5, schedule=config.Cosine())),
+    "mlp": small(MLP(hidden=(8,)), optimizer=Adam(schedule=config.OneCycle()), evaluate_every=2),
+    "cnn": small(CNN(features=(2,), kernel=3, dense=8), optimizer=SGD(schedule=config.Exponential())),
+}
+CHANGES = {
+    "softmax": {
+        "name": "other",
+        "seed": 1,
+        "model.dropout": 0.5,
+        "model.kernel_init": config.Normal(1.0),
+        "model.kernel_init.value": 0.1,
+        "model.bias_init.value": 0.1,
+        "model.bias_init": config.Uniform(0.0, 2.0),
+        "optimizer.learning_rate": 0.2,
+        "optimizer.momentum": 0.9,
+        "optimizer.nesterov": True,
+        "optimizer.schedule.warmup_steps": 3,
+        "optimizer.schedule.end": 0.5,
+        "optimizer.clip_norm": 0.01,
+        "optimizer.accumulate": 2,
+        "objective": Objective(labels="one_hot", label_smoothing=0.2),
+        "data.order": "file",
+        "data.order_seed": 5,
+        "data.last_batch": "drop",
+        "data.augment.shift": 2.0,
+        "data.augment.rotate": 20.0,
+        "data.augment.scale": 0.2,
+        "data.augment.elastic": 2.0,
+        "train.batch_size": 8,
+        "train.steps": 5,
+        "train.log_every": 2,
+        "train.evaluate_every": 3,
+        "train.ema_decay": 0.9,
+        "train.report": "batch_accuracy",
+    },
+    "mlp": {
+        "model.hidden": (4, 4),
+        "model.dropout": 0.5,
+        "model.kernel_init.scale": 2.0,
+        "model.bias_init.value": 0.1,
+        "optimizer.learning_rate": 0.2,
+        "optimizer.b1": 0.5,
+        "optimizer.b2": 0.5,
+        "optimizer.eps": 0.1,
+        "optimizer.weight_decay": 0.5,
+        "optimizer.clip_norm": 0.01,
+        "optimizer.accumulate": 2,
+        "optimizer.schedule.peak": 0.8,
+        "optimizer.schedule.start_divisor": 2.0,
+        "optimizer.schedule.end_divisor": 2.0,
+        "train.stop_accuracy": 0.01,
+        "train.patience": 1,
+    },
+    "cnn": {
+        "model.features": (2, 2),
+        "model.kernel": 5,
+        "model.padding": "VALID",
+        "model.dense": 9,
+        "model.dropout": 0.5,
+        "model.kernel_init": config.TruncatedNormal(0.3),
+        "model.kernel_init.scale": 2.0,
+        "model.bias_init.value": 0.1,
+        "optimizer.schedule.decay": 0.5,
+        "optimizer.schedule.every": 2,
+    },
+}
+# Fields seen elsewhere: in which data are loaded, what a run folder keeps, which arithmetic a loss takes.
+ELSEWHERE = {
+    "data.name": "test_data",
+    "data.validation": "test_data",
+    "train.epochs": "test_order",
+    "train.checkpoint_every": "test_runs",
+    "train.keep": "test_runs",
+    "objective.form": "test_objective",
+    "objective.labels": "test_objective",
+    "objective.label_smoothing": "test_objective",
+}
+
+
+def change(value, path: list[str], new):
+    """``value`` with another value at the end of ``path``."""
+    if not path:
+        return new
+    return replace(value, **{path[0]: change(getattr(value, path[0]), path[1:], new)})
+
+
+def observed(experiment: Config, data) -> str:
+    """What a run shows: its records, and its result without what differs from run to run."""
+    run = fm.fit(experiment, data, devices=1)
+    result = {name: value for name, value in run.result.items() if "second" not in name and name != "peak_memory_bytes"}
+    return repr((run.history, result))
+
+
+@pytest.fixture(scope="module")
+def before():
+    """What each base config shows, found once."""
+    return {}
+
+
+@pytest.mark.parametrize(("base", "field"), [(base, field) for base, fields in CHANGES.items() for field in fields])
+def test_every_field_changes_something(base, field, few, before):
+    if base not in before:
+        before[base] = observed(BASES[base], few)
+    assert observed(change(BASES[base], field.split("."), CHANGES[base][field]), few) != before[base]
+
+
+def test_no_field_is_left_out():
+    covered = {field for fields in CHANGES.values() for field in fields} | set(ELSEWHERE)
+    for base in BASES.values():
+        for field in fields.flatten(fields.to_json(base)):
+            assert field.removesuffix(".kind") in covered or field.endswith(".kind"), field
+    for kind in (config.Flat, config.Cosine, config.OneCycle, config.Exponential):
+        for item in dataclasses.fields(kind):
+            assert f"optimizer.schedule.{item.name}" in covered
+
+
+def test_the_two_forms_of_the_cost_part_where_probabilities_vanish(few):
+    """With these initial values some probability rounds to 0, and its logarithm is infinite."""
+    written = Objective(labels="one_hot", form="probabilities")
+    wide = small(Softmax(kernel_init=config.Normal(30.0)))
+    batch = steps.take_batch(*map(jnp.asarray, few.train), jnp.arange(16, dtype=jnp.int32))
+    losses = [
+        float(steps.train_step(each, steps.create_state(each, (28, 28), 10), batch)[1].batch.loss)
+        for each in (wide, replace(wide, objective=written))
+    ]
+    assert np.isfinite(losses[0])
+    assert not np.isfinite(losses[1])

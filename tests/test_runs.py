@@ -1,0 +1,297 @@
+"""Whole runs on a few digits: what they record and keep, and how they go on."""
+
+import json
+import threading
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from conftest import MODELS, assert_same, small
+
+import flaxmnist as fm
+from flaxmnist import logs, runs, trained
+from flaxmnist.config import SGD, Adam, Augment, Data
+from flaxmnist.errors import Diverged, Stopped, UserError
+
+
+def fit(config, data, *arguments, **options):
+    """A run on one device, of the eight that the tests see."""
+    return fm.fit(config, data, *arguments, devices=1, **options)
+
+
+def stop_at(monkeypatch, step: int) -> threading.Event:
+    """A signal that comes while the chunk that ends at ``step`` is computed."""
+    stop, call = threading.Event(), runs.Program.__call__
+
+    def calling(program, state, start, count):
+        if start + count == step:
+            stop.set()
+        return call(program, state, start, count)
+
+    monkeypatch.setattr(runs.Program, "__call__", calling)
+    monkeypatch.setattr(runs, "CHUNK_STEPS", 1)
+    return stop
+
+
+def records(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_without_a_folder_touches_no_disk(few, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = fit(small(), few)
+    assert not list(tmp_path.iterdir())
+    assert run.result["test_count"] == 45
+    assert [record["step"] for record in run.history if record["split"] == "train"] == list(range(20))
+    classes, _ = fm.predict(run.model, few.test.images)
+    assert (classes == few.test.labels).mean() == run.result["test_accuracy"]
+
+
+def test_the_run_folder(few, tmp_path):
+    run = fit(small(evaluate_every=10, log_every=8), few, tmp_path / "run")
+    config, result = (json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "result.json"))
+    assert config["config"]["optimizer"]["kind"] == "SGD"
+    assert config["data"] == {
+        "source": few.source,
+        "shape": [28, 28],
+        "classes": 10,
+        "train": 70,
+        "validation": 30,
+        "test": 45,
+    }
+    assert result == run.result
+    assert result["steps"] == 20
+    assert result["epochs"] == 4
+    assert result["params"] == 7850
+    assert result["steps_per_second"] == result["steps"] / result["seconds"]["train"]
+    assert [(r["step"], r["epoch"], r["split"]) for r in records(tmp_path / "run")] == [
+        (0, 0, "train"),
+        (5, 1, "epoch"),
+        (8, 1, "train"),
+        (10, 2, "epoch"),
+        (10, 2, "validation"),
+        (15, 3, "epoch"),
+        (16, 3, "train"),
+        (20, 4, "epoch"),
+        (20, 4, "validation"),
+        (20, 4, "test"),
+    ]
+    assert not [key for record in run.history for key in record if "second" in key or "time" in key]
+
+
+def test_equal_runs_have_equal_files_and_parameters(few, tmp_path):
+    one, other = (fit(small("cnn"), few, tmp_path / name) for name in "ab")
+    assert one.result["params_sha256"] == other.result["params_sha256"]
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+
+
+RESUMABLE = {
+    "softmax": small(evaluate_every=6, checkpoint_every=4),
+    "cnn": replace(
+        small(
+            "cnn",
+            optimizer=Adam(),
+            evaluate_every=5,
+            checkpoint_every=5,
+            ema_decay=0.9,
+            report="batch_accuracy",
+            log_every=3,
+        ),
+        data=Data(name="digits", augment=Augment(shift=1.0, rotate=5.0)),
+    ),
+    "mlp": replace(
+        small(optimizer=SGD(momentum=0.9, accumulate=2), checkpoint_every=3, report="probabilities", log_every=4),
+        model=replace(MODELS["mlp"], dropout=0.5),
+        data=Data(name="digits", order="file", last_batch="drop"),
+    ),
+}
+
+
+@pytest.mark.parametrize("stop", [5, 7], ids=["at the end of an epoch", "in the middle of one"])
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, stop, few, tmp_path, monkeypatch):
+    config = RESUMABLE[name]
+    whole = fit(config, few, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="--resume goes on"):
+        fit(config, few, tmp_path / "cut", stop=stop_at(patch, stop))
+    assert [path.name for path in (tmp_path / "cut/checkpoints").iterdir() if int(path.name) > stop] == []
+    resumed = fit(config, few, tmp_path / "cut", resume=True)
+    assert_same(whole.state, resumed.state)
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "cut/metrics.jsonl").read_bytes()
+    assert whole.result["params_sha256"] == resumed.result["params_sha256"]
+
+
+def test_records_after_the_checkpoint_are_written_again(few, tmp_path, monkeypatch):
+    """As after a kill: the newest checkpoint lies behind the records."""
+    config = small(checkpoint_every=5, steps=12)
+    whole = fit(config, few, tmp_path / "whole")
+
+    def killed(loop, split, images):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Loop, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config, few, tmp_path / "cut")
+    assert len(records(tmp_path / "cut")) > 5
+    resumed = fit(config, few, tmp_path / "cut", resume=True)
+    assert_same(whole.state, resumed.state)
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "cut/metrics.jsonl").read_bytes()
+
+
+def test_resuming_where_nothing_lies_begins_at_the_beginning(few, tmp_path):
+    assert fit(small(), few, tmp_path / "new", resume=True).result["steps"] == 20
+
+
+def test_resuming_a_finished_run_repeats_its_result(few, tmp_path):
+    first = fit(small(), few, tmp_path / "run")
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    again = fit(small(), few, tmp_path / "run", resume=True)
+    assert again.result == first.result
+    assert again.history == first.history
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_can_be_made_longer_but_not_shorter(few, tmp_path):
+    fit(small(steps=7), few, tmp_path / "run")
+    longer = fit(small(steps=20), few, tmp_path / "run", resume=True)
+    assert_same(longer.state, fit(small(steps=20), few).state)
+    assert [record["step"] for record in longer.history if record["split"] == "train"] == list(range(20))
+    with pytest.raises(UserError, match="has 20 steps already"):
+        fit(small(steps=19), few, tmp_path / "run", resume=True)
+
+
+def test_a_used_folder_needs_resume_or_overwrite(few, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    fit(small(), few, tmp_path, overwrite=True)
+    with pytest.raises(UserError, match=r"--resume .* --overwrite"):
+        fit(small(), few, tmp_path)
+    fit(replace(small(), seed=1), few, tmp_path, overwrite=True)
+    assert json.loads((tmp_path / "result.json").read_text())["seed"] == 1
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_changed_config_is_refused_by_the_names_of_its_fields(few, tmp_path):
+    fit(small(steps=7), few, tmp_path)
+    changed = replace(small(steps=9, batch_size=8, log_every=3), seed=3)
+    with pytest.raises(UserError, match=r"seed \(0 before, 3 now\), train.batch_size \(16 before, 8 now\); "):
+        fit(changed, few, tmp_path, resume=True)
+    assert fit(changed, few, tmp_path, resume=True, allow_config_change=True).result["steps"] == 9
+
+
+def test_checkpoints_kept_are_the_newest_and_the_best(few, tmp_path):
+    run = fit(small(evaluate_every=2, checkpoint_every=2, keep=2), few, tmp_path)
+    accuracies = {r["step"]: r["accuracy"] for r in run.history if r["split"] == "validation"}
+    kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert {18, 20} <= kept
+    best = max(accuracies.values())
+    assert any(accuracies[step] == best for step in kept)
+    assert len(kept) <= 3
+
+
+def test_weights_load_from_the_run_folder_alone(few, tmp_path):
+    run = fit(small("cnn", evaluate_every=10, checkpoint_every=10), few, tmp_path)
+    config, state = trained.load_run(tmp_path)
+    assert config == run.config
+    assert_same(state, run.state)
+    assert trained.load_run(tmp_path, "10")[1].step == 10
+    with pytest.raises(UserError, match=r"no checkpoint 11: give latest, best or one of \[10, 20\]"):
+        trained.load_run(tmp_path, "11")
+
+
+def test_best_needs_validation_images(few, tmp_path):
+    fit(small(), replace(few, validation=None), tmp_path)
+    with pytest.raises(UserError, match="no best checkpoint"):
+        trained.load_run(tmp_path, "best")
+
+
+def test_one_training_program_however_the_events_fall(few, tmp_path, monkeypatch):
+    traced = []
+    original = runs.steps.train_steps
+    monkeypatch.setattr(runs.steps, "train_steps", lambda *a, **k: traced.append(1) or original(*a, **k))
+    fit(small(evaluate_every=7, checkpoint_every=3, log_every=2, report="batch_accuracy"), few, tmp_path)
+    assert len(traced) == 1
+
+
+def test_divergence_is_told_with_its_step_and_what_is_left(few, tmp_path):
+    config = small(optimizer=SGD(learning_rate=1e36), checkpoint_every=1)
+    with pytest.raises(Diverged, match=r"the loss at step \d+ is (inf|nan): training diverged, "):
+        fit(config, few, tmp_path)
+    for path in (tmp_path / "checkpoints").iterdir():
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained.load_run(tmp_path, path.name)[1].params))
+
+
+@pytest.mark.parametrize(("field", "value", "steps"), [("stop_accuracy", 0.1, 4), ("patience", 2, None)])
+def test_early_stopping(field, value, steps, few):
+    # A rate this small changes no answer, so that no evaluation is better than the first.
+    config = small(
+        optimizer=SGD(learning_rate=1e-9 if field == "patience" else 0.1), evaluate_every=4, **{field: value}
+    )
+    run = fit(config, few)
+    assert run.result["steps"] == (steps or 12)
+    assert run.history[-1]["split"] == "test"
+
+
+REPORTS = {
+    "loss": r"step 8, loss \d+\.\d{4}, accuracy \d\.\d{4}",
+    "epoch_cost": r"Epoch: 0004, Cost: \d+\.\d{9}",
+    "batch_loss": r"epoch 3, batch 4, loss \d+\.\d{6}",
+    "batch_accuracy": r"step 8, training accuracy \d(\.\d+)?",
+    "probabilities": r"step 8, probabilities\n\[\[",
+}
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_console_lines(report, few, caplog):
+    import logging
+    import re
+
+    caplog.set_level(logging.INFO, logger="flaxmnist")
+    fit(small(report=report, log_every=4), few)
+    assert re.search(REPORTS[report], caplog.text), caplog.text
+
+
+def test_probabilities_are_those_of_the_step_that_follows(few):
+    """With dropout on: the loss of the batch computed from them is the step's own."""
+    config = replace(small("mlp", report="probabilities", log_every=4), model=replace(MODELS["mlp"], dropout=0.5))
+    run = fit(config, few)
+    seen = {(r["step"], r["split"]): r for r in run.history}
+    order = runs.order.batch_indices(run.config, 70, 4, 5)[0]
+    probabilities = np.array(seen[4, "batch"]["probabilities"])
+    assert probabilities.shape == (6 if -1 in order else 16, 10)
+    labels = few.train.labels[order[order >= 0]]
+    loss = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
+    assert loss == pytest.approx(seen[4, "train"]["loss"], rel=1e-3)
+
+
+def test_a_trace_of_steady_steps(few, tmp_path):
+    fit(small(steps=30), few, profile=tmp_path / "trace")
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+def test_batches_must_divide_by_the_devices(few):
+    with pytest.raises(UserError, match="batch_size 20 does not divide by 8 devices: take 16 or 24"):
+        fm.fit(small(batch_size=20), few)
+
+
+def test_all_devices_give_what_one_gives(few):
+    one, eight = fit(small("cnn"), few), fm.fit(small("cnn"), few)
+    assert (one.result["devices"], eight.result["devices"]) == (1, 8)
+    for a, b in zip(jax.tree.leaves(one.state.params), jax.tree.leaves(eight.state.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_file_order_needs_the_original_files(few):
+    prepared = replace(few, file_order=False, source="array_record")
+    with pytest.raises(UserError, match="original files"):
+        fit(small(data=Data(name="digits", order="file")), prepared)
+
+
+def test_time_is_told_by_what_it_was_spent_on(few):
+    clock = logs.Clock()
+    with clock("import"):
+        pass
+    seconds = fit(small(), few, clock=clock).result["seconds"]
+    assert set(seconds) == {"import", "data", "compile", "train", "evaluate", "checkpoint", "total"}
+    assert sum(seconds.values()) - seconds["total"] <= seconds["total"]
