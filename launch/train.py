@@ -1,0 +1,90 @@
+"""Trains an experiment: python launch/train.py EXPERIMENT.py [--workdir DIR] [--FIELD VALUE …]"""
+
+import time
+
+BEGAN = time.perf_counter()
+
+import sys  # noqa: E402
+from dataclasses import dataclass, replace  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Annotated, Literal  # noqa: E402
+
+import tyro  # noqa: E402
+
+import flaxmnist as fm  # noqa: E402
+from flaxmnist import inspection, logs, runs, signals  # noqa: E402
+from flaxmnist.errors import BelowTarget, UserError, exit_code  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Arguments:
+    experiment: tyro.conf.Positional[Path]  # the experiment file, which is Python code and is run
+    config: Annotated[fm.Config, tyro.conf.arg(name="")]
+    workdir: Path | None = None  # where the run is kept; default: a fresh runs/NAME-YYYYMMDD-HHMMSS
+    data_dir: Path | None = None  # where data sets lie; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
+    resume: bool = False  # go on from the newest checkpoint in --workdir; from step 0 where there is none
+    overwrite: bool = False  # throw away what lies in --workdir
+    allow_config_change: bool = False  # resume although fields differ
+    devices: int | None = None  # use the first so many devices; default: all
+    min_accuracy: float | None = None  # exit with 4 where the test accuracy, a fraction, is under this
+    print_config: bool = False  # print the config, parameters, operations and memory, and exit
+    profile: Path | None = None  # write a trace of a few steady steps to this folder
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # what to tell on standard error
+
+
+def read(argv: list[str]) -> Arguments:
+    """The arguments; every default of ``--FIELD`` is the experiment's own."""
+    if not argv or argv[0].startswith("-"):
+        if {"-h", "--help"} & set(argv):
+            print(f"{__doc__}\n\nAll options and fields: python launch/train.py experiments/quickstart.py --help")
+            raise SystemExit(0)
+        raise UserError("give an experiment file first: python launch/train.py experiments/quickstart.py")
+    config = fm.load_experiment(argv[0])
+    # A length on the command line takes the place of the experiment's, whichever of the two that is.
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        if any(argument.split("=")[0] == f"--train.{given}" for argument in argv):
+            config = replace(config, train=replace(config.train, **{given: 1, other: None}))
+    default = Arguments(Path(argv[0]), config)
+    options = (tyro.conf.AvoidSubcommands,)
+    return tyro.cli(Arguments, default=default, args=argv, config=options, prog="launch/train.py", description=__doc__)
+
+
+def train(arguments: Arguments, clock: logs.Clock) -> None:
+    """Does what the arguments say, and prints the result."""
+    logs.show(arguments.log_level)
+    config = arguments.config
+    if arguments.resume and arguments.overwrite:
+        raise UserError("--resume goes on with a run and --overwrite throws it away: give one of them")
+    with clock("data"):
+        data = fm.load_data(config.data, arguments.data_dir)
+    if arguments.print_config:
+        print(inspection.describe(config, data))
+        return
+    workdir = arguments.workdir or Path("runs", time.strftime(f"{config.name}-%Y%m%d-%H%M%S"))
+    with signals.stop_on_signals() as stop:
+        run = fm.fit(
+            config,
+            data,
+            workdir,
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            allow_config_change=arguments.allow_config_change,
+            devices=arguments.devices,
+            profile=arguments.profile,
+            stop=stop,
+            clock=clock,
+        )
+    print(runs.summary(run, workdir))
+    accuracy = run.result["test_accuracy"]
+    if arguments.min_accuracy is not None and accuracy < arguments.min_accuracy:
+        raise BelowTarget(f"test accuracy {accuracy:.4f} is under --min-accuracy {arguments.min_accuracy}")
+
+
+def main(argv: list[str]) -> int:
+    clock = logs.Clock(BEGAN)
+    clock.seconds["import"] = clock.total()
+    return exit_code(lambda: train(read(argv), clock))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,172 @@
+"""The commands as a person types them: what they print, and the codes they exit with."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+SMALL = """
+from flaxmnist.config import *
+config = Config(
+    name="small",
+    model=MLP(hidden=(16,)),
+    optimizer=SGD(learning_rate=0.1),
+    data=Data(name="digits"),
+    train=Train(batch_size=50, epochs=4, log_every=20, evaluate_every=25),
+)
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path) -> Path:
+    path = tmp_path / "small.py"
+    path.write_text(SMALL)
+    return path
+
+
+def launch(script: str, *arguments, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a process of its own, on one device."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-W", "error", ROOT / "launch" / f"{script}.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300, check=False)
+
+
+def test_train_evaluate_predict(experiment, digits, tmp_path):
+    trained = launch("train", experiment, "--min-accuracy", "0.5", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"small-\d{8}-\d{6}", folder.name)
+    assert f"run folder runs/{folder.name}" in trained.stdout
+    assert re.search(r"^step 20, loss \d\.\d{4}, accuracy \d\.\d{4}$", trained.stderr, re.MULTILINE)
+    assert "\x1b" not in trained.stderr + trained.stdout
+    assert "\r" not in trained.stderr
+    result = json.loads((folder / "result.json").read_text())
+    assert f"test accuracy {result['test_accuracy']:.4f} of 360 images" in trained.stdout
+
+    evaluated = launch("evaluate", folder, cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert evaluated.stderr == ""
+    assert f"accuracy {result['test_accuracy']:.4f}" in evaluated.stdout
+    assert "360 images" in evaluated.stdout
+    best = launch("evaluate", folder, "--step", "best", "--split", "validation", cwd=tmp_path)
+    assert "180 images" in best.stdout
+
+    for i in range(5):
+        Image.fromarray(digits.test.images[i, :, :, 0]).save(tmp_path / f"{i}.png")
+    predicted = launch("predict", folder, *(tmp_path / f"{i}.png" for i in range(5)), "--json")
+    assert predicted.returncode == 0, predicted.stderr
+    answers = [json.loads(line) for line in predicted.stdout.splitlines()]
+    assert [Path(answer["file"]).name for answer in answers] == [f"{i}.png" for i in range(5)]
+    model = trained.load_run(folder)[1].model
+    import flaxmnist as fm
+
+    classes, probabilities = fm.predict(model, digits.test.images[:5])
+    assert [answer["class"] for answer in answers] == classes.tolist()
+    assert all(sum(answer["probabilities"]) == pytest.approx(1) for answer in answers)
+    assert answers[0]["probabilities"] == pytest.approx(probabilities[0].tolist(), abs=1e-5)
+
+
+MISTAKES = {
+    "no experiment": (["train"], "give an experiment file first"),
+    "missing experiment": (["train", "nowhere.py"], "no experiment file nowhere.py"),
+    "unknown field": (["train", "EXPERIMENT", "--optimizer.lerning-rate", "1"], "--optimizer.learning-rate"),
+    "no number": (["train", "EXPERIMENT", "--train.steps", "many"], "--train.steps"),
+    "wrong value": (["train", "EXPERIMENT", "--train.batch-size", "0"], "train.batch_size must lie in"),
+    "too large a batch": (["train", "EXPERIMENT", "--train.batch-size", "2000", "--data.last-batch", "drop"], "1257"),
+    "no such data": (["train", "EXPERIMENT", "--data.name", "idx", "--data-dir", "nowhere"], "--data.name digits"),
+    "both": (["train", "EXPERIMENT", "--resume", "--overwrite"], "give one of them"),
+    "too many devices": (["train", "EXPERIMENT", "--devices", "3"], "3 devices were asked for, but 1"),
+    "a file for a folder": (["train", "EXPERIMENT", "--workdir", "EXPERIMENT"], "cannot write to"),
+    "no run folder": (["evaluate", "nowhere"], "nowhere is no run folder: it has no config.json"),
+    "no run to predict with": (["predict", "nowhere", "EXPERIMENT"], "is not an image"),
+    "no image": (["predict", "nowhere", "image.png"], "image.png"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_the_caller_can_mend_exits_with_2(name, experiment, tmp_path):
+    arguments, message = MISTAKES[name]
+    ended = launch(*(str(experiment) if word == "EXPERIMENT" else word for word in arguments), cwd=tmp_path)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+    if "│" not in ended.stderr:  # the argument parser draws a box
+        assert len(ended.stderr.splitlines()) == 1
+
+
+def test_divergence_exits_with_3(experiment):
+    ended = launch("train", experiment, "--optimizer.learning-rate", "1e38", cwd=experiment.parent)
+    assert ended.returncode == 3
+    assert "the loss at step" in ended.stderr
+    assert "--optimizer.learning-rate" in ended.stderr
+
+
+def test_too_low_an_accuracy_exits_with_4(experiment):
+    ended = launch("train", experiment, "--train.steps", "1", "--min-accuracy", "0.99", cwd=experiment.parent)
+    assert ended.returncode == 4
+    assert "under --min-accuracy 0.99" in ended.stderr
+    assert "test accuracy" in ended.stdout
+
+
+def test_a_signal_exits_with_75_and_resume_goes_on(experiment, tmp_path):
+    arguments = [experiment, "--train.evaluate-every", "None", "--workdir", tmp_path / "run"]
+    command = [sys.executable, ROOT / "launch/train.py", *map(str, arguments), "--train.steps", "1000000"]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stderr:
+            if line.startswith("step 200,"):
+                process.send_signal(signal.SIGTERM)
+                break
+        told = process.stderr.read()
+    assert process.returncode == 75
+    stopped = int(re.search(r"stopped at step (\d+) of 1000000; --resume goes on", told)[1])
+    resumed, again = (launch("train", *arguments, "--resume", "--train.steps", stopped + 7) for _ in range(2))
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on from the checkpoint at step {stopped}" in resumed.stderr
+    assert again.returncode == 0, again.stderr
+    assert "is finished" in again.stderr
+    assert again.stdout.splitlines()[0] == resumed.stdout.splitlines()[0]
+
+
+def test_print_config(experiment, tmp_path):
+    printed = launch("train", experiment, "--print-config", "--model.hidden", "20", "30", cwd=tmp_path)
+    assert printed.returncode == 0
+    config, table = printed.stdout.split("\n\n")[:2]
+    assert json.loads(config)["model"]["hidden"] == [20, 30]
+    assert re.search(r"layers\.1\.kernel +30×20 +600 +2,400$", table, re.MULTILINE)
+    assert f"{784 * 20 + 20 + 20 * 30 + 30 + 30 * 10 + 10:,}" in table
+    # Three products of a pass and its gradient, less the one for the images, each of two operations.
+    products = 2 * 50 * (2 * 784 * 20 + 3 * 20 * 30 + 3 * 30 * 10)
+    operations = float(re.search(r"operations a step +(\S+) GFLOP", printed.stdout)[1]) * 1e9
+    assert products < operations < 1.3 * products
+    assert not list(tmp_path.glob("runs*"))
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "predict"])
+def test_help_exits_with_0(script):
+    helped = launch(script, "--help")
+    assert helped.returncode == 0
+    assert helped.stderr == ""
+    assert f"python launch/{script}.py" in helped.stdout
+
+
+def test_help_names_every_field_with_its_meaning_and_the_value_of_the_experiment(experiment):
+    helped = " ".join(launch("train", experiment, "--help").stdout.replace("│", " ").split())
+    assert "--optimizer.learning-rate FLOAT step size; the schedule's full rate (default: 0.1)" in helped
+    assert "--train.batch-size INT images a step (default: 50)" in helped
+    assert "--model.hidden [INT [INT ...]] units of each hidden layer" in helped
+
+
+@pytest.mark.slow
+def test_quickstart_reaches_its_accuracy(tmp_path):
+    ended = launch("train", ROOT / "experiments/quickstart.py", "--min-accuracy", "0.95", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "next: python launch/evaluate.py" in ended.stdout
