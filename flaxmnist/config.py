@@ -191,7 +191,7 @@ class Augment:
 class Data:
     """The images and the order they come in."""
 
-    name: Literal["mnist", "fashion_mnist", "kmnist", "digits", "idx"] = "mnist"  # idx: four IDX files in --data-dir
+    name: Literal["mnist", "fashion_mnist", "kmnist", "digits", "idx"] = "mnist"  # idx: IDX files in --data-dir
     validation: int | None = None  # first images of the training file held out; None: 5,000, at most an eighth
     order: Literal["shuffled", "file"] = "shuffled"  # shuffled anew each epoch, or as the file has them
     order_seed: int | None = None  # seed of the shuffling; None: the run's seed
@@ -308,7 +308,7 @@ def rules(config: Config) -> Iterator[tuple[bool, str]]:
     if isinstance(optimizer, SGD):
         yield from bounds("optimizer.", optimizer, 0, 1, "momentum", open_high=True)
         yield not optimizer.nesterov or optimizer.momentum > 0, "optimizer.nesterov needs optimizer.momentum above 0"
-    else:
+    if isinstance(optimizer, Adam):
         yield from bounds("optimizer.", optimizer, 0, 1, "b1", "b2", open_high=True)
         yield from bounds("optimizer.", optimizer, 0, math.inf, "eps", open_low=True, open_high=True)
         yield from bounds("optimizer.", optimizer, 0, math.inf, "weight_decay", open_high=True)

@@ -69,4 +69,9 @@ def score(logits: Float[np.ndarray, "n classes"], labels: Int32[np.ndarray, " n"
     confusion = np.zeros((logits.shape[1], logits.shape[1]), np.int64)
     np.add.at(confusion, (labels, answers), 1)
     losses = -np.take_along_axis(log_softmax(logits), labels[:, None], axis=1)
-    return Evaluation(float(losses.mean()), float((answers == labels).mean()), len(labels), confusion)
+    return Evaluation(
+        loss=float(losses.mean()),
+        accuracy=float((answers == labels).mean()),
+        count=len(labels),
+        confusion=confusion,
+    )

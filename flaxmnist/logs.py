@@ -37,18 +37,22 @@ class Progress:
     """How far a run is: a bar on a terminal, else a plain line every 30 s."""
 
     def __init__(self, total: int, start: int, batch_size: int):
-        self.total, self.start, self.batch_size = total, start, batch_size
-        self.began = self.lined = time.perf_counter()
+        self.start, self.batch_size = start, batch_size
         hidden = not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO)
         self.bar = tqdm(total=total, initial=start, unit="step", disable=hidden, dynamic_ncols=True, file=sys.stderr)
+        self.total = total
+        self.begin()
+
+    def begin(self) -> None:
+        """Counts time from now on."""
+        self.began = self.lined = time.perf_counter()
 
     def show(self, step: int, loss: float, accuracy: float) -> None:
         """Says that ``step`` steps are done, and how the last of them did."""
         now = time.perf_counter()
-        rate = (step - self.start) / max(now - self.began, 1e-9)
-        self.bar.set_postfix_str(
-            f"{rate * self.batch_size:,.0f} images/s, loss {loss:.4f}, accuracy {accuracy:.4f}", False
-        )
+        rate = (step - self.start) / (now - self.began)
+        speed = f"{rate * self.batch_size:,.0f} images/s"
+        self.bar.set_postfix_str(f"{speed}, loss {loss:.4f}, accuracy {accuracy:.4f}", refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and now - self.lined > LINE_SECONDS:
             self.lined = now
@@ -89,8 +93,8 @@ class Records:
         if self.file is not None:
             self.file.write(json.dumps(record).encode() + b"\n")
 
-    def size(self) -> int:
-        """Bytes of the file, all of them on the disk when this returns."""
+    def sync(self) -> int:
+        """Returns the bytes of the file, when all of them are on the disk."""
         if self.file is None:
             return 0
         self.file.flush()

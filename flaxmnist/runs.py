@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -32,7 +33,7 @@ from flaxmnist.trained import load_run
 CHUNK_SECONDS = 1.0
 CHUNK_STEPS = 1000
 
-# Steps of a trace, taken after as many steps of warm-up.
+# Steps of a trace, done after as many to warm up.
 PROFILE_STEPS = 10
 
 
@@ -56,7 +57,7 @@ class Program:
 
     def __init__(self, config: Config, state: TrainState, train: Split, mesh: Mesh):
         self.config, self.train = config, train
-        self.capacity = min(CHUNK_STEPS, config.train.length)
+        self.capacity = min(CHUNK_STEPS, max(PROFILE_STEPS, config.train.length))
         self.whole, self.columns = parallel.whole(mesh), parallel.split_columns(mesh)
         function = jax.jit(
             partial(steps.train_steps, config),
@@ -157,15 +158,13 @@ class Loop:
                 self.train = Split(*jax.device_put(tuple(self.data.train), self.whole))
             with self.clock("compile"):
                 self.program = Program(self.config, self.state, self.train, self.mesh)
-        trace = range(self.step + PROFILE_STEPS, self.step + 2 * PROFILE_STEPS) if profile else range(0)
+            if profile is not None:
+                self.trace(profile)
+        self.progress.begin()
         while self.step < self.config.train.length and not stops_early(self.config, self.records.history):
-            if trace and self.step == trace.start:
-                jax.profiler.start_trace(str(profile))
             if self.config.train.report in ("batch_accuracy", "probabilities") and self.is_logged(self.step):
                 self.look_at_batch()
-            self.advance(self.next_due(trace), stop)
-            if trace and self.step == trace.stop:
-                jax.profiler.stop_trace()
+            self.advance(self.next_due(), stop)
             if self.is_due(self.config.train.evaluate_every):
                 self.evaluate("validation", self.data.validation)
             ends = stop.is_set() or stops_early(self.config, self.records.history)
@@ -186,16 +185,19 @@ class Loop:
         """Whether something done ``every`` so many steps, and at the end, is due now."""
         return self.step == self.config.train.length or (every is not None and self.step % every == 0)
 
-    def next_due(self, trace: range) -> int:
+    def next_due(self) -> int:
         """The next step at which something other than training is to be done."""
         train = self.config.train
         look = train.log_every if train.report in ("batch_accuracy", "probabilities") else None
-        events = [
-            self.step - self.step % every + every
-            for every in (train.evaluate_every, train.checkpoint_every, look)
-            if every
-        ]
-        return min([train.length, *events, *(step for step in (trace.start, trace.stop) if step > self.step)])
+        intervals = [every for every in (train.evaluate_every, train.checkpoint_every, look) if every is not None]
+        return min([train.length, *(self.step - self.step % every + every for every in intervals)])
+
+    def trace(self, folder: str | Path) -> None:
+        """Writes a trace of a few steady steps, done on a copy of the state, to ``folder``."""
+        state = jax.tree.map(jnp.copy, self.state)
+        state, _ = jax.block_until_ready(self.program(state, self.step, PROFILE_STEPS))
+        with jax.profiler.trace(str(folder)):
+            jax.block_until_ready(self.program(state, self.step, PROFILE_STEPS))
 
     def advance(self, until: int, stop: threading.Event) -> None:
         """Trains up to step ``until``, or to the end of a chunk after ``stop``."""
@@ -219,6 +221,7 @@ class Loop:
         """Waits for a chunk of ``count`` steps from ``start`` on; records and prints what is to be told of them."""
         batch, epoch = jax.device_get(metrics)
         losses, accuracies = means(batch)
+        costs, shares = means(epoch)
         for i in np.flatnonzero(~np.isfinite(losses[:count]))[:1]:
             raise Diverged(f"the loss at step {start + i} is {losses[i]}: {self.advice()}")
         style = self.config.train.report
@@ -231,10 +234,9 @@ class Loop:
                 elif style == "batch_loss":
                     logger.info("epoch %d, batch %d, loss %.6f", number, position, losses[i])
             if position == self.epoch_length - 1:
-                cost, accuracy = (mean[i] for mean in means(epoch))
-                self.records.add(step + 1, number + 1, "epoch", loss=cost, accuracy=accuracy)
+                self.records.add(step + 1, number + 1, "epoch", loss=costs[i], accuracy=shares[i])
                 if style == "epoch_cost":
-                    logger.info("Epoch: %04d, Cost: %.9f", number + 1, cost)
+                    logger.info("Epoch: %04d, Cost: %.9f", number + 1, costs[i])
         self.progress.show(start + count, losses[count - 1], accuracies[count - 1])
 
     def advice(self) -> str:
@@ -267,7 +269,8 @@ class Loop:
             return None
         with self.clock("evaluate"):
             seen = evaluation.evaluate(self.state.model, *images)
-        self.records.add(self.step, self.step // self.epoch_length, split, loss=seen.loss, accuracy=seen.accuracy)
+        epoch = self.step // self.epoch_length
+        self.records.add(self.step, epoch, split, loss=seen.loss, accuracy=seen.accuracy)
         logger.info("step %d, %s loss %.4f, accuracy %.4f", self.step, split, seen.loss, seen.accuracy)
         return seen
 
@@ -277,7 +280,7 @@ class Loop:
         with self.clock("checkpoint"):
             last = self.latest("validation")
             accuracy = last["accuracy"] if last and last["step"] == self.step else None
-            about = {"records": self.records.size(), "seconds": self.clock.seconds, "accuracy": accuracy}
+            about = {"records": self.records.sync(), "seconds": self.clock.seconds, "accuracy": accuracy}
             self.checkpoints.save(self.state, about, accuracy)
             self.saved = self.step
 
@@ -296,7 +299,7 @@ class Loop:
         test = self.evaluate("test", self.data.test)
         assert test is not None  # every data set has test images
         validation = self.latest("validation")
-        self.records.size()
+        self.records.sync()
         seconds = {name: self.clock.seconds.get(name, 0.0) for name in SECONDS} | {"total": self.clock.total()}
         result = {
             "experiment": self.config.name,
@@ -358,10 +361,12 @@ def means(totals: Totals) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " 
 
 def stops_early(config: Config, history: list[dict[str, Any]]) -> bool:
     """Whether the validation records so far meet ``train.stop_accuracy``, or have not risen for ``train.patience``."""
+    target, patience = config.train.stop_accuracy, config.train.patience
+    if target is None and patience is None:
+        return False
     accuracies = [record["accuracy"] for record in history if record["split"] == "validation"]
     if not accuracies:
         return False
-    target, patience = config.train.stop_accuracy, config.train.patience
     reached = target is not None and max(accuracies) >= target
     return reached or (patience is not None and len(accuracies) - 1 - int(np.argmax(accuracies)) >= patience)
 

@@ -1,0 +1,94 @@
+"""What the README says is run: its Python, its changes, the commands it names."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_python_blocks_run_one_after_the_other(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    for block in blocks("python"):
+        exec(block, names)
+    assert names["run"].history[-1]["step"] == 520
+    assert names["run"].history[-1]["accuracy"] > 0.95
+    assert names["logits"].shape == (5, 10)
+    assert float(names["metrics"].batch.loss / names["metrics"].batch.images) == pytest.approx(np.log(10))
+
+
+CHANGED = """
+import flaxmnist as fm
+from flaxmnist.config import *
+from flaxmnist.inspection import parameter_table
+
+config = Config(
+    name="changed",
+    model=Residual(width=16),
+    optimizer=Lion(schedule=Linear()),
+    data=Data(name="npz"),
+    train=Train(batch_size=20, steps=5),
+)
+run = fm.fit(config, fm.load_data(config.data, "."), "run")
+assert run.history[-1]["accuracy"] <= run.history[-1]["top2"] <= 1
+assert "blocks.1.kernel" in parameter_table(run.state.params)
+assert fm.load_run("run")[0] == config
+"""
+
+
+def test_the_changes_apply_and_train(digits, tmp_path):
+    """All five at once: a model, a data set, an optimizer, a metric, a schedule."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "flaxmnist", copy / "flaxmnist")
+    for number, change in enumerate(blocks("diff")):
+        (tmp_path / f"{number}.diff").write_text(change)
+        subprocess.run(["git", "apply", tmp_path / f"{number}.diff"], cwd=copy, check=True)
+    assert number == 4
+    splits = {"train": digits.train, "test": digits.test}
+    few = {f"{part}_{kind}": array[:100] for part in splits for kind, array in splits[part]._asdict().items()}
+    np.savez(copy / "data.npz", **few)
+    environment = os.environ | {"PYTHONPATH": str(copy), "JAX_NUM_CPU_DEVICES": "1"}
+    subprocess.run([sys.executable, "-c", CHANGED], cwd=copy, env=environment, check=True)
+
+
+def test_every_file_of_the_package_stands_in_the_layout():
+    layout = README.split("## Layout")[1].split("## ")[0]
+    named = set(re.findall(r"(\w+\.py)", layout))
+    assert named == {path.name for path in (ROOT / "flaxmnist").glob("*.py")} - {"__init__.py"}
+
+
+def test_every_experiment_stands_in_the_table_with_what_its_docstring_says():
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", README, re.MULTILINE))
+    for path in (ROOT / "experiments").glob("*.py"):
+        measured = re.search(r"[\d.]+ ± [\d.]+ %", path.read_text())[0]
+        assert measured in rows[path.stem]
+
+
+def test_commands_name_files_that_are_there():
+    for name in re.findall(r"((?:launch|experiments|\.ci)/[\w.]+)", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_options_it_names_are_options_of_the_command():
+    helped = subprocess.run(
+        [sys.executable, ROOT / "launch/train.py", ROOT / "experiments/softmax_epochs.py", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for line in README.splitlines():
+        if line.startswith("python launch/train.py"):
+            for option in re.findall(r"(--[\w.-]+)", line.split("#")[0]):
+                assert option in helped, option
