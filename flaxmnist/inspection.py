@@ -3,6 +3,7 @@
 import json
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,16 +14,30 @@ from flaxmnist.data import Dataset
 from flaxmnist.evaluation import Evaluation
 
 
+class StepCost(NamedTuple):
+    """What a training step takes."""
+
+    operations: float  # floating-point operations
+    bytes: int  # memory for its intermediate values, beside state and images
+
+
+def step_cost(config: Config, data: Dataset) -> StepCost:
+    """What XLA counts of one step of ``config``, whose length must be in steps."""
+    shape = data.train.images.shape[1:3]
+    state = jax.eval_shape(partial(steps.create_state, config, shape, data.classes))
+    indices = jax.ShapeDtypeStruct((config.train.batch_size,), np.int32)
+    batch = jax.eval_shape(steps.take_batch, *data.train, indices)
+    lowered = jax.jit(partial(steps.train_step, config), donate_argnums=0).lower(state, batch)
+    memory = lowered.compile().memory_analysis()
+    operations = (lowered.cost_analysis() or {}).get("flops", math.nan)
+    return StepCost(operations, 0 if memory is None else memory.temp_size_in_bytes)
+
+
 def describe(config: Config, data: Dataset) -> str:
     """The resolved config, the parameters, the operations of a step, and the memory that training needs."""
     config = order.resolve(config, len(data.train.labels))
-    shape, size = data.train.images.shape[1:], config.train.batch_size
-    state = jax.eval_shape(partial(steps.create_state, config, shape[:2], data.classes))
-    batch = jax.eval_shape(partial(steps.take_batch, *data.train), jax.ShapeDtypeStruct((size,), np.int32))
-    lowered = jax.jit(partial(steps.train_step, config), donate_argnums=0).lower(state, batch)
-    operations = (lowered.cost_analysis() or {}).get("flops", math.nan)
-    memory = lowered.compile().memory_analysis()
-    working = 0 if memory is None else memory.temp_size_in_bytes
+    state = jax.eval_shape(partial(steps.create_state, config, data.train.images.shape[1:3], data.classes))
+    cost = step_cost(config, data)
     held = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     images = data.train.images.nbytes + data.train.labels.nbytes
     return "\n".join(
@@ -31,10 +46,10 @@ def describe(config: Config, data: Dataset) -> str:
             "",
             parameter_table(state.params),
             "",
-            f"steps                {config.train.steps:,} of {size} images",
-            f"operations a step    {operations / 1e9:.4g} GFLOP",
-            f"memory               {megabytes(held + images + working)}: state {megabytes(held)}, "
-            f"training images {megabytes(images)}, a step's own {megabytes(working)}",
+            f"steps                {config.train.steps:,} of {config.train.batch_size} images",
+            f"operations a step    {cost.operations / 1e9:.4g} GFLOP",
+            f"memory               {megabytes(held + images + cost.bytes)}: state {megabytes(held)}, "
+            f"training images {megabytes(images)}, a step's own {megabytes(cost.bytes)}",
         ]
     )
 

@@ -17,8 +17,9 @@ FLOORS = [
     {"state"},
     {"steps", "evaluation"},
     {"checkpoints", "folders", "inspection"},
-    {"trained"},
+    {"trained", "peer"},
     {"runs"},
+    {"benchmarks"},
 ]
 FILES = sorted(path for path in (ROOT / "flaxmnist").glob("*.py") if path.stem != "__init__")
 

@@ -1,0 +1,214 @@
+"""How fast an experiment trains and evaluates on this machine, and beside PyTorch.
+
+Speeds are medians over rounds in which everything measured takes its turn, so that a machine that is slower for a
+while is slower for all. The training path is the one that ``fit`` uses.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxmnist import evaluation, folders, inspection, order, parallel, runs, steps
+from flaxmnist.config import Config, load_experiment
+from flaxmnist.data import Dataset, Split, load_data
+
+# Seconds that one timed stretch takes at least, and how many there are of each.
+STRETCH_SECONDS = 0.5
+ROUNDS = 5
+
+# Sides of the matrices whose product stands for what the device can do at most.
+MATRIX = 2048
+
+
+def our_trainer(config: Config, data: Dataset) -> tuple[Callable[[int], None], float]:
+    """The training path of ``fit`` on all devices, as a function of a number of steps; the seconds to compile it."""
+    mesh = parallel.make_mesh()
+    parallel.check_batch(config.train.batch_size, mesh)
+    whole = parallel.whole(mesh)
+    create = partial(steps.create_state, config, data.train.images.shape[1:3], data.classes)
+    state = jax.jit(create, out_shardings=whole)()
+    train = Split(*jax.device_put(tuple(data.train), whole))
+    began = time.perf_counter()
+    program = runs.Program(config, state, train, mesh)
+    compile_seconds = time.perf_counter() - began
+    done = 0
+
+    def run(count: int) -> None:
+        nonlocal state, done
+        for stretch in range(count, 0, -program.capacity):
+            stretch = min(program.capacity, stretch)
+            state, _ = program(state, done, stretch)
+            done += stretch
+        jax.block_until_ready(state)
+
+    return run, compile_seconds
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Seconds that ``work`` takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def race(trainers: dict[str, Callable[[int], None]]) -> dict[str, list[float]]:
+    """Steps a second of each trainer in each round, after a warm-up that also finds how long a stretch must be."""
+    counts = {}
+    for name, train in trainers.items():
+        count, seconds = 1, seconds_of(partial(train, 1))
+        while seconds < STRETCH_SECONDS / 4:
+            count *= 2
+            seconds = seconds_of(partial(train, count))
+        counts[name] = max(1, round(count * STRETCH_SECONDS / seconds))
+    speeds: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(ROUNDS):
+        for name, train in trainers.items():
+            speeds[name].append(counts[name] / seconds_of(partial(train, counts[name])))
+    return speeds
+
+
+def measure(config: Config, data: Dataset, peers: dict[str, Callable[[int], None]]) -> dict[str, Any]:
+    """Speeds of one experiment, raced against ``peers``, and what they are of the speed of a matrix product."""
+    config = order.resolve(config, len(data.train.labels))
+    ours, compile_seconds = our_trainer(config, data)
+    speeds = race({"flaxmnist": ours} | peers)
+    rate = float(np.median(speeds["flaxmnist"]))
+    operations, best = inspection.step_cost(config, data).operations, peak()
+    result = {
+        "name": config.name,
+        "batch_size": config.train.batch_size,
+        "steps_per_second": rate,
+        "images_per_second": rate * config.train.batch_size,
+        "compile_seconds": compile_seconds,
+        "gflop_per_step": operations / 1e9,
+        "gflops_per_second": rate * operations / 1e9,
+        "peak_gflops_per_second": best / 1e9,
+        "share_of_peak": rate * operations / best,
+        "evaluate_images_per_second": evaluation_speed(config, data),
+        "peak_memory_bytes": runs.peak_memory(parallel.make_mesh()),
+        "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "versions": folders.versions(),
+    }
+    if peers:
+        # Round by round, against the mode that is the better one over all rounds.
+        better = max(peers, key=lambda name: float(np.median(speeds[name])))
+        result["peer_steps_per_second"] = {name: float(np.median(speeds[name])) for name in peers}
+        result["ratio_to_peer"] = float(np.median(np.divide(speeds["flaxmnist"], speeds[better])))
+    return result
+
+
+def run(experiment: Path, data_dir: Path | None, peer: str | None) -> dict[str, Any]:
+    """Everything ``launch/benchmark.py`` says of the experiment file ``experiment``."""
+    config = load_experiment(experiment)
+    data = load_data(config.data, data_dir)
+    peers = {}
+    if peer is not None:
+        from flaxmnist.peer import trainers
+
+        peers = trainers(config, data)
+    return measure(config, data, peers) | {"start_up_seconds": start_up(experiment, data_dir)}
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    """The results as a table."""
+    rows: list[tuple[str, ...]] = [
+        (
+            "experiment",
+            "batch",
+            "steps/s",
+            "images/s",
+            "compile s",
+            "GFLOP/s",
+            "of peak",
+            "evaluated/s",
+            "start s",
+            "× peer",
+        )
+    ]
+    for result in results:
+        ratio = result.get("ratio_to_peer")
+        rows.append(
+            (
+                result["name"],
+                str(result["batch_size"]),
+                f"{result['steps_per_second']:,.1f}",
+                f"{result['images_per_second']:,.0f}",
+                f"{result['compile_seconds']:.1f}",
+                f"{result['gflops_per_second']:,.1f}",
+                f"{result['share_of_peak']:.0%}",
+                f"{result['evaluate_images_per_second']:,.0f}",
+                f"{result['start_up_seconds']['first_step']:.1f}",
+                "" if ratio is None else f"{ratio:.2f}",
+            )
+        )
+    return inspection.table(rows)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Draws images a second of each experiment, and of its peers, as bars into ``path``."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    names = ["flaxmnist", *results[0].get("peer_steps_per_second", {})]
+    figure, axes = pyplot.subplots(figsize=(1.5 + 1.4 * len(results), 4), layout="constrained")
+    for number, name in enumerate(names):
+        speeds = [
+            result["batch_size"]
+            * {"flaxmnist": result["steps_per_second"], **result.get("peer_steps_per_second", {})}[name]
+            for result in results
+        ]
+        places = np.arange(len(results)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
+        axes.bar_label(axes.bar(places, speeds, 0.8 / len(names), label=name), fmt="{:,.0f}", fontsize=7)
+    axes.set_xticks(range(len(results)), [result["name"] for result in results])
+    axes.set_yscale("log")
+    axes.set_ylabel("training images a second")
+    axes.set_title(results[0]["device"])
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def peak() -> float:
+    """Operations a second of the product of two large float32 matrices on one device, the best of several."""
+    matrix = jax.random.normal(jax.random.key(0), (MATRIX, MATRIX))
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(matrix, matrix))
+    return (
+        2 * MATRIX**3 / min(seconds_of(lambda: jax.block_until_ready(product(matrix, matrix))) for _ in range(ROUNDS))
+    )
+
+
+def evaluation_speed(config: Config, data: Dataset) -> float:
+    """Test images a second, from arrays on the host to their logits there."""
+    model = steps.create_state(config, data.train.images.shape[1:3], data.classes).model
+    evaluation.predict_logits(model, data.test.images)
+    seconds = [seconds_of(lambda: evaluation.predict_logits(model, data.test.images)) for _ in range(ROUNDS)]
+    return len(data.test.labels) / float(np.median(seconds))
+
+
+def start_up(experiment: Path, data_dir: Path | None) -> dict[str, float]:
+    """Seconds from the start of ``launch/train.py`` to its first finished step, and what they went to."""
+    train = Path(__file__).parent.parent / "launch/train.py"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, train, experiment, "--train.steps", "1", "--workdir", folder, "--log-level", "error"]
+        command += ["--data-dir", data_dir] if data_dir else []
+        began = time.perf_counter()
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, env=os.environ)
+        whole = time.perf_counter() - began
+        seconds = json.loads((Path(folder) / "result.json").read_text())["seconds"]
+    parts = {name: seconds[name] for name in ("import", "data", "compile", "train")}
+    # Evaluation, the checkpoint and the end of the process come after the first step.
+    return parts | {"first_step": sum(parts.values()), "whole_command": whole}

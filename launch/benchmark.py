@@ -1,0 +1,42 @@
+"""Measures speed: python launch/benchmark.py [NAME…] [--json FILE] [--peer torch] [--plot FILE.png] [--data-dir DIR]"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from flaxmnist import benchmarks
+from flaxmnist.errors import exit_code
+
+SYSTEMS = ("softmax_beginners", "softmax_epochs", "mlp_scratch", "cnn_experts", "cnn_layers")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    names: tyro.conf.Positional[tuple[str, ...]] = SYSTEMS  # experiments, by the names of their files
+    json: Path | None = None  # write the figures to this file, as a list of objects
+    peer: Literal["torch"] | None = None  # race against the same systems in PyTorch, which must be installed
+    plot: Path | None = None  # draw a bar chart into this file
+    data_dir: Path | None = None  # where data sets lie; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
+
+
+def benchmark(arguments: Arguments) -> None:
+    """Prints a table, and writes what was asked for."""
+    experiments = [Path(__file__).parent.parent / f"experiments/{name}.py" for name in arguments.names]
+    results = [benchmarks.run(path, arguments.data_dir, arguments.peer) for path in experiments]
+    print(benchmarks.report(results))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    if arguments.plot is not None:
+        benchmarks.draw(results, arguments.plot)
+
+
+def main(argv: list[str]) -> int:
+    return exit_code(lambda: benchmark(tyro.cli(Arguments, args=argv, prog="launch/benchmark.py", description=__doc__)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
