@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxmnist import evaluation, folders, inspection, order, parallel, runs, steps
+from flaxmnist import evaluation, folders, inspection, order, parallel, program, results, steps
 from flaxmnist.config import Config, load_experiment
-from flaxmnist.data import Dataset, Split, load_data
+from flaxmnist.data import Dataset, load_data
 
 # Seconds that one timed stretch takes at least, and how many there are of each.
 STRETCH_SECONDS = 0.5
@@ -35,20 +35,18 @@ def our_trainer(config: Config, data: Dataset) -> tuple[Callable[[int], None], f
     """The training path of ``fit`` on all devices, as a function of a number of steps; the seconds to compile it."""
     mesh = parallel.make_mesh()
     parallel.check_batch(config.train.batch_size, mesh)
-    whole = parallel.whole(mesh)
-    create = partial(steps.create_state, config, data.train.images.shape[1:3], data.classes)
-    state = jax.jit(create, out_shardings=whole)()
-    train = Split(*jax.device_put(tuple(data.train), whole))
+    state = program.first_state(config, data, mesh)
+    train = program.place(data.train, mesh)
     began = time.perf_counter()
-    program = runs.Program(config, state, train, mesh)
+    compiled = program.Program(config, state, train, mesh)
     compile_seconds = time.perf_counter() - began
     done = 0
 
     def run(count: int) -> None:
         nonlocal state, done
-        for stretch in range(count, 0, -program.capacity):
-            stretch = min(program.capacity, stretch)
-            state, _ = program(state, done, stretch)
+        for stretch in range(count, 0, -compiled.capacity):
+            stretch = min(compiled.capacity, stretch)
+            state, _ = compiled(state, done, stretch)
             done += stretch
         jax.block_until_ready(state)
 
@@ -96,7 +94,7 @@ def measure(config: Config, data: Dataset, peers: dict[str, Callable[[int], None
         "peak_gflops_per_second": best / 1e9,
         "share_of_peak": rate * operations / best,
         "evaluate_images_per_second": evaluation_speed(config, data),
-        "peak_memory_bytes": runs.peak_memory(parallel.make_mesh()),
+        "peak_memory_bytes": results.peak_memory(parallel.make_mesh()),
         "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "versions": folders.versions(),
     }

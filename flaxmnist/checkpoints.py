@@ -30,10 +30,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2, read_only: bool = False):
         """``keep`` is how many of the newest to keep. ``read_only`` leaves a run that is still going in peace."""
-        newest = managers.LatestN(keep)
-        best = managers.BestN(
-            get_metric_fn=lambda metrics: metrics["accuracy"], n=1, keep_checkpoints_without_metrics=False
-        )
+        newest, best = managers.LatestN(keep), managers.BestN(get_metric_fn=validation_accuracy, n=1)
         self.folder = folder
         self.manager = ocp.CheckpointManager(
             folder.absolute(),
@@ -82,9 +79,12 @@ class Checkpoints:
             saved = self.manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays), about=ocp.args.JsonRestore())
             )
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"checkpoint {self.folder / str(step)} does not fit this run: {reason}") from error
+        except Exception as error:  # Orbax raises all kinds for a damaged file
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} is damaged or of another model: remove that folder to go on "
+                f"from the one before it, or give --overwrite to begin anew ({reason})"
+            ) from error
         return TrainState(graphdef=like.graphdef, **saved["state"]), saved["about"]
 
     def wait(self) -> None:

@@ -146,7 +146,7 @@ class SGD:
     nesterov: bool = False  # look ahead along the momentum (needs momentum)
     schedule: Schedule = Flat()  # the learning rate over the run
     clip_norm: float | None = None  # largest global norm of the gradient; None does not clip
-    accumulate: int = 1  # batches whose gradients are averaged for one update
+    accumulate: int = 1  # batches whose gradients are averaged, each alike, for one update; a rest is left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ class Adam:
     weight_decay: float = 0.0  # decoupled: times the learning rate, of each weight at each update
     schedule: Schedule = Flat()  # the learning rate over the run
     clip_norm: float | None = None  # largest global norm of the gradient; None does not clip
-    accumulate: int = 1  # batches whose gradients are averaged for one update
+    accumulate: int = 1  # batches whose gradients are averaged, each alike, for one update; a rest is left out
 
 
 Optimizer = SGD | Adam
@@ -304,7 +304,7 @@ def rules(config: Config) -> Iterator[tuple[bool, str]]:
     )
     yield from bounds("optimizer.", optimizer, 0, math.inf, "learning_rate", open_low=True, open_high=True)
     yield from bounds("optimizer.", optimizer, 0, math.inf, "clip_norm", open_low=True, open_high=True)
-    yield from bounds("optimizer.", optimizer, 1, whole, "accumulate")
+    yield from bounds("optimizer.", optimizer, 1, whole if train.steps is None else train.steps, "accumulate")
     if isinstance(optimizer, SGD):
         yield from bounds("optimizer.", optimizer, 0, 1, "momentum", open_high=True)
         yield not optimizer.nesterov or optimizer.momentum > 0, "optimizer.nesterov needs optimizer.momentum above 0"

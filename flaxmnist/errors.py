@@ -42,7 +42,7 @@ def exit_code(command: Callable[[], None]) -> int:
         return ending.exit_code
     except SystemExit as ending:
         # The argument parser has said what it had to say.
-        return ending.code if isinstance(ending.code, int) else 0
+        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except BrokenPipeError:
         # The reader of our output went away (`… | head`): nothing is left to tell it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
+from flaxmnist.errors import UserError
 from flaxmnist.layers import Images
 
 # Images in one forward pass: enough for the fast kernels, few enough that a CNN's activations stay in the cache.
@@ -37,9 +38,11 @@ _forward = partial(jax.jit, static_argnums=0)(forward)
 
 
 def predict_logits(model: nnx.Module, images: Images) -> Float[np.ndarray, "n classes"]:
-    """The logits of each image, without dropout, for any number of images."""
+    """The logits of each image, without dropout, for any number of images from 1 on."""
+    if len(images) == 0:
+        raise UserError("there are no images to predict")
     graphdef, params = nnx.split(model)
-    size = max(1, min(FORWARD_BATCH, len(images)))
+    size = min(FORWARD_BATCH, len(images))
     # The last batch is filled up with the last image, and what comes of that is cut off again.
     indices = np.minimum(np.arange(len(images) + -len(images) % size, dtype=np.int32), len(images) - 1)
     answers = np.asarray(_forward(graphdef, params, images, indices.reshape(-1, size)))
@@ -48,8 +51,9 @@ def predict_logits(model: nnx.Module, images: Images) -> Float[np.ndarray, "n cl
 
 def log_softmax(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:
     """The logarithm of each row's softmax, in double precision."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    with np.errstate(invalid="ignore"):  # infinite logits have no softmax: NaN says so
+        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def predict(model: nnx.Module, images: Images) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n classes"]]:

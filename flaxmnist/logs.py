@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from flaxmnist.errors import UserError
+
 logger = logging.getLogger("flaxmnist")
 
 # Seconds between plain progress lines where there is no terminal to draw a bar on.
@@ -72,26 +74,35 @@ def plain(value: Any) -> Any:
     return value
 
 
+def read_records(path: Path, size: int | None = None) -> list[dict[str, Any]]:
+    """The records in the first ``size`` bytes of ``path`` (None: all). Raises UserError where they are not whole."""
+    try:
+        content = path.read_bytes()[:size]
+        records = [json.loads(line) for line in content.splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): --overwrite begins the run anew") from None
+    if size is not None and len(content) < size:
+        raise UserError(f"{path} has lost its end: {size} bytes were written; --overwrite begins the run anew")
+    return records
+
+
 class Records:
     """The records of a run in memory and, where there is a file, one JSON line each in ``metrics.jsonl``."""
 
     def __init__(self, path: Path | None, size: int = 0):
         """Goes on behind the first ``size`` bytes of ``path``; what lies beyond them is cut off."""
-        self.history: list[dict[str, Any]] = []
+        self.history = [] if path is None or size == 0 else read_records(path, size)
         self.file = None
         if path is not None:
-            self.file = path.open("ab+")
-            self.file.seek(0)
-            self.history = [json.loads(line) for line in self.file.read(size).splitlines()]
+            self.file = path.open("ab")
             self.file.truncate(size)
-            self.file.seek(size)
 
     def add(self, step: int, epoch: int, split: str, **values: Any) -> None:
         """One record: after ``step`` updates, in ``epoch``, of ``split``. No value may be a time or a duration."""
         record = {"step": step, "epoch": epoch, "split": split} | {name: plain(value) for name, value in values.items()}
         self.history.append(record)
         if self.file is not None:
-            self.file.write(json.dumps(record).encode() + b"\n")
+            self.file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
 
     def sync(self) -> int:
         """Returns the bytes of the file, when all of them are on the disk."""
@@ -139,7 +150,7 @@ def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` to ``path`` at once: a reader sees the old file or the whole new one."""
     beside = path.with_name(path.name + ".tmp")
     with beside.open("w") as file:
-        json.dump(value, file, indent=2)
+        json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())

@@ -1,15 +1,11 @@
-"""One run from config to result: the only loop, and the only place that compiles training.
+"""One run from config to result: the only loop.
 
-The loop trains in chunks, each one call of one compiled program. A chunk ends where something else is due: a look at a
-batch, an evaluation, a checkpoint, the end. While a chunk computes, the one before it is reported.
+It trains in chunks, each one call of the compiled program. A chunk ends where something else is due: a look at a batch,
+an evaluation, a checkpoint, the end. While a chunk computes, the one before it is reported.
 """
 
-import hashlib
-import json
-import resource
 import threading
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,65 +13,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from flaxmnist import evaluation, folders, order, parallel, steps
 from flaxmnist.config import Config
 from flaxmnist.data import Dataset, Split
 from flaxmnist.errors import Diverged, Stopped, UserError
 from flaxmnist.logs import Clock, Progress, Records, logger, write_json
-from flaxmnist.state import Metrics, Totals, TrainState
-from flaxmnist.trained import load_run
+from flaxmnist.program import Program, first_state, place, train_logits
+from flaxmnist.results import Run, finished_run, result_of
+from flaxmnist.state import Metrics, Totals
 
-# Bounds of a chunk: it answers a signal within a second or so, and its metrics stay small.
+# Seconds that a chunk takes at most, about: how soon a signal is answered.
 CHUNK_SECONDS = 1.0
-CHUNK_STEPS = 1000
 
 # Steps of a trace, done after as many to warm up.
 PROFILE_STEPS = 10
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run."""
-
-    config: Config  # its length in steps
-    state: TrainState
-    history: list[dict[str, Any]]  # the records of metrics.jsonl
-    result: dict[str, Any]  # what result.json holds
-
-    @property
-    def model(self) -> nnx.Module:
-        """The trained model, with averaged weights where the config has such."""
-        return self.state.model
-
-
-class Program:
-    """The training program of a run, compiled once: any number of steps up to ``capacity``."""
-
-    def __init__(self, config: Config, state: TrainState, train: Split, mesh: Mesh):
-        self.config, self.train = config, train
-        self.capacity = min(CHUNK_STEPS, max(PROFILE_STEPS, config.train.length))
-        self.whole, self.columns = parallel.whole(mesh), parallel.split_columns(mesh)
-        function = jax.jit(
-            partial(steps.train_steps, config),
-            in_shardings=(self.whole, self.whole, self.whole, self.columns, self.whole),
-            out_shardings=self.whole,
-            donate_argnums=0,
-        )
-        self.compiled = function.lower(state, *train, *self.place(0, 0)).compile()
-
-    def place(self, start: int, count: int) -> tuple[Array, Array]:
-        """The arguments that say which ``count`` steps from ``start`` on to do."""
-        indices = np.zeros((self.capacity, self.config.train.batch_size), np.int32)
-        indices[:count] = order.batch_indices(self.config, len(self.train.labels), start, start + count)
-        return jax.device_put(indices, self.columns), jax.device_put(np.int32(count), self.whole)
-
-    def __call__(self, state: TrainState, start: int, count: int) -> tuple[TrainState, Metrics]:
-        """``count`` steps from ``state``, which is at step ``start`` and may not be used any more."""
-        return self.compiled(state, *self.train, *self.place(start, count))
 
 
 def fit(
@@ -88,42 +42,52 @@ def fit(
     allow_config_change: bool = False,
     devices: int | None = None,
     profile: str | Path | None = None,
+    experiment: str | Path | None = None,
     stop: threading.Event | None = None,
     clock: Clock | None = None,
 ) -> Run:
     """Trains and evaluates; where there is a ``workdir``, everything is kept there, else nothing touches the disk.
 
-    ``devices`` is how many to use (None: all). ``profile`` is a folder for a trace of a few steady steps. ``stop``,
-    once set, ends the run after the chunk at hand, with a checkpoint. ``clock`` holds what the command spent before.
+    ``devices`` is how many to use (None: all). ``profile`` is a folder for a trace of a few steady steps.
+    ``experiment`` is the file that ``config`` came from, to be named in ``config.json``. ``stop``, once set, ends the
+    run after the chunk at hand, with a checkpoint. ``clock`` holds what the command spent before.
 
-    Raises UserError for what the caller can mend, Diverged where the loss is no longer finite, and Stopped.
+    Raises UserError for what the caller can mend, Diverged where loss or weights are no longer finite, and Stopped.
     """
     config = order.resolve(config, len(data.train.labels))
     mesh = parallel.make_mesh(devices)
-    parallel.check_batch(config.train.batch_size, mesh)
-    if config.data.order == "file" and not data.file_order:
-        raise UserError(f"data.order file needs the original files, but these images are {data.source}")
+    check(config, data, mesh)
     folder = None if workdir is None else Path(workdir)
-    if folder is not None and folders.open_folder(folder, config, data, resume, overwrite, allow_config_change):
+    described = folders.describe(config, data, mesh, experiment)
+    if folder is not None and folders.is_finished(folder, described, resume, overwrite, allow_config_change):
         logger.info("%s is finished", folder)
         return finished_run(folder)
-    loop = Loop(config, data, mesh, folder, clock or Clock())
+    loop = Loop(config, data, mesh, folder, described, clock or Clock())
     try:
         return loop.run(profile, stop or threading.Event())
     finally:
         loop.close()
 
 
+def check(config: Config, data: Dataset, mesh: Mesh) -> None:
+    """Raises UserError where ``config`` cannot be trained on ``data``, before anything is touched."""
+    parallel.check_batch(config.train.batch_size, mesh)
+    order.steps_per_epoch(config, len(data.train.labels))
+    if config.data.order == "file" and not data.file_order:
+        raise UserError(f"data.order file needs the original files, but these images are {data.source}")
+    jax.eval_shape(partial(steps.create_state, config, data.train.images.shape[1:3], data.classes))
+
+
 class Loop:
     """What a run needs while it goes: the program, the data on the devices, and where it tells and keeps things."""
 
-    def __init__(self, config: Config, data: Dataset, mesh: Mesh, folder: Path | None, clock: Clock):
+    def __init__(
+        self, config: Config, data: Dataset, mesh: Mesh, folder: Path | None, described: dict[str, Any], clock: Clock
+    ):
         self.config, self.data, self.mesh, self.folder, self.clock = config, data, mesh, folder, clock
         self.epoch_length = order.steps_per_epoch(config, len(data.train.labels))
-        self.whole = parallel.whole(mesh)
         with clock("compile"):
-            create = partial(steps.create_state, config, data.train.images.shape[1:3], data.classes)
-            self.state = jax.jit(create, out_shardings=self.whole)()
+            self.state = first_state(config, data, mesh)
         self.checkpoints, self.saved = None, None
         about: dict[str, Any] = {"records": 0}
         if folder is not None:
@@ -134,13 +98,15 @@ class Loop:
                 self.checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
                 self.saved = self.checkpoints.find("latest")
                 if self.saved is not None:
+                    folders.check_longer(folder, self.saved, config)
                     self.state, about = self.checkpoints.restore(self.saved, self.state)
                     clock.resume(about["seconds"])
                     logger.info("going on from the checkpoint at step %d", self.saved)
-                    folders.check_longer(folder, self.saved, config)
         self.step = int(self.state.step)
         self.rate = 10.0  # steps a second, as far as is known
         self.records = Records(folder and folder / "metrics.jsonl", about["records"])
+        if folder is not None:
+            folders.begin(folder, described)
         self.progress = Progress(config.train.length, self.step, config.train.batch_size)
 
     def close(self) -> None:
@@ -153,26 +119,28 @@ class Loop:
 
     def run(self, profile: str | Path | None, stop: threading.Event) -> Run:
         """Trains to the end, or until ``stop``; then evaluates on the test images, once."""
-        if self.step < self.config.train.length:
+        config = self.config
+        if self.step < config.train.length:
             with self.clock("data"):
-                self.train = Split(*jax.device_put(tuple(self.data.train), self.whole))
+                train = place(self.data.train, self.mesh)
             with self.clock("compile"):
-                self.program = Program(self.config, self.state, self.train, self.mesh)
+                self.program = Program(config, self.state, train, self.mesh)
             if profile is not None:
-                self.trace(profile)
+                self.trace(Path(profile))
         self.progress.begin()
-        while self.step < self.config.train.length and not stops_early(self.config, self.records.history):
-            if self.config.train.report in ("batch_accuracy", "probabilities") and self.is_logged(self.step):
+        while self.step < config.train.length and not stops_early(config, self.records.history):
+            if config.train.report in ("batch_accuracy", "probabilities") and self.is_logged(self.step):
                 self.look_at_batch()
             self.advance(self.next_due(), stop)
-            if self.is_due(self.config.train.evaluate_every):
+            if self.is_due(config.train.evaluate_every):
                 self.evaluate("validation", self.data.validation)
-            ends = stop.is_set() or stops_early(self.config, self.records.history)
-            if self.checkpoints is not None and (ends or self.is_due(self.config.train.checkpoint_every)):
+            ends = stop.is_set() or stops_early(config, self.records.history)
+            if ends or self.is_due(config.train.checkpoint_every):
                 self.save()
-            if stop.is_set() and self.step < self.config.train.length:
+            if stop.is_set() and self.step < config.train.length:
                 self.wait()
-                raise Stopped(f"stopped at step {self.step} of {self.config.train.length}; --resume goes on")
+                kept = "no folder kept it" if self.folder is None else "--resume goes on"
+                raise Stopped(f"stopped at step {self.step} of {config.train.length}; {kept}")
         self.wait()
         return self.finish()
 
@@ -192,18 +160,23 @@ class Loop:
         intervals = [every for every in (train.evaluate_every, train.checkpoint_every, look) if every is not None]
         return min([train.length, *(self.step - self.step % every + every for every in intervals)])
 
-    def trace(self, folder: str | Path) -> None:
+    def trace(self, folder: Path) -> None:
         """Writes a trace of a few steady steps, done on a copy of the state, to ``folder``."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write a trace to {folder}: {error.strerror}; give another --profile") from None
+        count = min(PROFILE_STEPS, self.program.capacity)
         state = jax.tree.map(jnp.copy, self.state)
-        state, _ = jax.block_until_ready(self.program(state, self.step, PROFILE_STEPS))
+        state, _ = jax.block_until_ready(self.program(state, self.step, count))
         with jax.profiler.trace(str(folder)):
-            jax.block_until_ready(self.program(state, self.step, PROFILE_STEPS))
+            jax.block_until_ready(self.program(state, self.step, count))
 
     def advance(self, until: int, stop: threading.Event) -> None:
-        """Trains up to step ``until``, or to the end of a chunk after ``stop``."""
+        """Trains up to step ``until``, or for one chunk more after ``stop``."""
         with self.clock("train"):
             unreported = None
-            while self.step < until and not stop.is_set():
+            while self.step < until:
                 count = min(until - self.step, self.program.capacity, max(1, int(self.rate * CHUNK_SECONDS)))
                 start, began = self.step, time.perf_counter()
                 self.state, metrics = self.program(self.state, start, count)
@@ -212,6 +185,9 @@ class Loop:
                     self.report(*unreported)
                     self.rate = unreported[1] / (time.perf_counter() - began)
                 unreported = (start, count, metrics)
+                # Only after a chunk: what was told before it, it belongs to.
+                if stop.is_set():
+                    break
             if unreported is not None:
                 self.report(*unreported)
 
@@ -269,6 +245,8 @@ class Loop:
             return None
         with self.clock("evaluate"):
             seen = evaluation.evaluate(self.state.model, *images)
+        if not np.isfinite(seen.loss):
+            raise Diverged(f"the {split} loss after step {self.step} is {seen.loss}: {self.advice()}")
         epoch = self.step // self.epoch_length
         self.records.add(self.step, epoch, split, loss=seen.loss, accuracy=seen.accuracy)
         logger.info("step %d, %s loss %.4f, accuracy %.4f", self.step, split, seen.loss, seen.accuracy)
@@ -276,11 +254,14 @@ class Loop:
 
     def save(self) -> None:
         """Saves a checkpoint in the background, with how much of the records belongs to it."""
-        assert self.checkpoints is not None
+        if self.checkpoints is None:
+            return
         with self.clock("checkpoint"):
+            if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(self.state.params)):
+                raise Diverged(f"the weights after step {self.step} are not finite: {self.advice()}")
             last = self.latest("validation")
             accuracy = last["accuracy"] if last and last["step"] == self.step else None
-            about = {"records": self.records.sync(), "seconds": self.clock.seconds, "accuracy": accuracy}
+            about = {"records": self.records.sync(), "seconds": dict(self.clock.seconds)}
             self.checkpoints.save(self.state, about, accuracy)
             self.saved = self.step
 
@@ -299,57 +280,20 @@ class Loop:
         test = self.evaluate("test", self.data.test)
         assert test is not None  # every data set has test images
         validation = self.latest("validation")
+        accuracy = None if validation is None else validation["accuracy"]
+        result = result_of(
+            self.config,
+            self.state,
+            self.mesh,
+            self.clock,
+            epochs=self.step / self.epoch_length,
+            validation_accuracy=accuracy,
+            test=test,
+        )
         self.records.sync()
-        seconds = {name: self.clock.seconds.get(name, 0.0) for name in SECONDS} | {"total": self.clock.total()}
-        result = {
-            "experiment": self.config.name,
-            "seed": self.config.seed,
-            "backend": "jit",
-            "devices": self.mesh.size,
-            "device_kind": self.mesh.devices.flat[0].device_kind,
-            "steps": self.step,
-            "epochs": self.step / self.epoch_length,
-            "test_accuracy": test.accuracy,
-            "test_loss": test.loss,
-            "test_count": test.count,
-            "validation_accuracy": validation and validation["accuracy"],
-            "params": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
-            "params_sha256": params_sha256(self.state.params),
-            "steps_per_second": self.step / seconds["train"] if seconds["train"] else None,
-            "seconds": seconds,
-            "peak_memory_bytes": peak_memory(self.mesh),
-            "versions": folders.versions(),
-        }
         if self.folder is not None:
             write_json(self.folder / "result.json", result)
         return Run(self.config, self.state, self.records.history, result)
-
-
-def summary(run: Run, workdir: Path) -> str:
-    """How the run ended, where it lies, and what to try next."""
-    result, seconds = run.result, run.result["seconds"]
-    spent = ", ".join(f"{name} {seconds[name]:.1f}" for name in SECONDS)
-    return "\n".join(
-        [
-            f"test accuracy {result['test_accuracy']:.4f} of {result['test_count']} images, "
-            f"loss {result['test_loss']:.4f}",
-            f"{result['steps']} steps, {seconds['total']:.1f} s ({spent})",
-            f"run folder {workdir}",
-            f"next: python launch/evaluate.py {workdir}",
-            f"      python launch/predict.py {workdir} IMAGE.png",
-        ]
-    )
-
-
-def finished_run(workdir: str | Path) -> Run:
-    """The run that was finished in ``workdir``."""
-    folder = Path(workdir)
-    config, state = load_run(folder)
-    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return Run(config, state, history, folders.read_json(folder / "result.json"))
-
-
-SECONDS = ("import", "data", "compile", "train", "evaluate", "checkpoint")
 
 
 def means(totals: Totals) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
@@ -369,23 +313,3 @@ def stops_early(config: Config, history: list[dict[str, Any]]) -> bool:
         return False
     reached = target is not None and max(accuracies) >= target
     return reached or (patience is not None and len(accuracies) - 1 - int(np.argmax(accuracies)) >= patience)
-
-
-@partial(jax.jit, static_argnums=0)
-def train_logits(config: Config, state: TrainState, images: Array) -> Float[Array, "b classes"]:
-    """The logits that the next step would see for ``images``, with its dropout and augmentation."""
-    return steps.train_logits(config, nnx.merge(state.graphdef, state.params), images, state.step)
-
-
-def params_sha256(params: Any) -> str:
-    """SHA-256 over the bytes of the parameters, leaves in the order of their paths."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
-
-
-def peak_memory(mesh: Mesh) -> int:
-    """The most bytes in use at once: on the first device where it counts them, else by this process."""
-    counted = mesh.devices.flat[0].memory_stats() or {}
-    return counted.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -64,9 +64,10 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
 
     def loss(params):
         logits = train_logits(config, nnx.merge(state.graphdef, params), batch.images, state.step)
+        # A filling image must reach neither sum nor gradient, even where its own loss is not finite.
+        logits = jnp.where(batch.weights[:, None] > 0, logits, 0)
         losses = objective.cross_entropy(config.objective, logits, batch.labels)
-        # A filling image must not reach the sum even where its loss is not finite.
-        total = jnp.sum(jnp.where(batch.weights > 0, losses, 0))
+        total = jnp.sum(losses * batch.weights)
         images = jnp.sum(batch.weights)
         return total / images, Totals(total, jnp.sum(objective.correct(logits, batch.labels) * batch.weights), images)
 

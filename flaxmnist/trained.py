@@ -2,11 +2,14 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from flaxmnist import digits, evaluation, fields, folders, steps
 from flaxmnist.config import Config
@@ -15,8 +18,22 @@ from flaxmnist.errors import UserError
 from flaxmnist.state import TrainState
 
 
-def load_run(workdir: str | Path, which: str = "latest") -> tuple[Config, TrainState]:
-    """The config and the state of the checkpoint called ``which``: "latest", "best" or a step.
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint of a run, and what it was trained on."""
+
+    config: Config
+    state: TrainState
+    data: dict[str, Any]  # name, source, shape, classes, sizes
+
+    @property
+    def model(self) -> nnx.Module:
+        """The model to evaluate and predict with."""
+        return self.state.model
+
+
+def load_run(workdir: str | Path, which: str = "latest") -> Trained:
+    """The checkpoint called ``which``, "latest", "best" or a step, of the run in ``workdir``.
 
     Needs the run folder alone. Raises UserError where it holds no such checkpoint.
     """
@@ -26,8 +43,9 @@ def load_run(workdir: str | Path, which: str = "latest") -> tuple[Config, TrainS
     described = folders.read_json(folder / "config.json")
     config = fields.from_json(described.get("config"), Config)
     try:
-        height, width = described["data"]["shape"]
-        create = partial(steps.create_state, config, (height, width), described["data"]["classes"])
+        data = described["data"]
+        height, width = data["shape"]
+        create = partial(steps.create_state, config, (height, width), data["classes"])
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{folder / 'config.json'} does not say what the data are") from None
     with contextlib.closing(Checkpoints(folder / "checkpoints", read_only=True)) as checkpoints:
@@ -35,26 +53,37 @@ def load_run(workdir: str | Path, which: str = "latest") -> tuple[Config, TrainS
         if step is None:
             raise UserError(f"{folder} has no checkpoint yet: train on with --resume")
         state, _ = checkpoints.restore(step, jax.eval_shape(create))
-    return config, state
+    return Trained(config, state, data)
 
 
 def evaluate_run(
     workdir: str | Path, which: str = "latest", split: str = "test", data_dir: str | Path | None = None
 ) -> evaluation.Evaluation:
-    """How the checkpoint called ``which`` does on a split of its own data set."""
-    config, state = load_run(workdir, which)
-    images = load_data(config.data, data_dir).splits()[split]
+    """How the checkpoint called ``which`` does on a split of the data it was trained on.
+
+    Raises UserError where ``data_dir`` holds other data.
+    """
+    trained = load_run(workdir, which)
+    data = load_data(replace(trained.config.data, name=trained.data["name"]), data_dir)
+    if (data.source, data.classes) != (trained.data["source"], trained.data["classes"]):
+        raise UserError(
+            f"{workdir} was trained on {trained.data['source']}, but here are {data.source}: give its --data-dir"
+        )
+    images = data.splits()[split]
     if images is None:
         raise UserError(f"{workdir} has no {split} images: its data.validation is 0")
-    return evaluation.evaluate(state.model, *images)
+    return evaluation.evaluate(trained.model, *images)
 
 
 def predict_files(
     workdir: str | Path, paths: Iterable[str | Path], which: str = "latest"
 ) -> Iterator[tuple[Path, int, list[float]]]:
     """Each image file, its class, and the probabilities of all classes; raises UserError for no digit."""
+    trained = load_run(workdir, which)
+    if trained.data["shape"] != [28, 28]:
+        raise UserError(f"{workdir} was trained on images of {trained.data['shape']} pixels: only 28×28 are read here")
     files = digits.find_images(paths)
     images = np.stack([digits.read_digit(file) for file in files])
-    classes, probabilities = evaluation.predict(load_run(workdir, which)[1].model, images)
+    classes, probabilities = evaluation.predict(trained.model, images)
     for file, answer, row in zip(files, classes, probabilities, strict=True):
         yield file, int(answer), row.tolist()

@@ -12,7 +12,7 @@ from typing import Annotated, Literal  # noqa: E402
 import tyro  # noqa: E402
 
 import flaxmnist as fm  # noqa: E402
-from flaxmnist import inspection, logs, runs, signals  # noqa: E402
+from flaxmnist import folders, inspection, logs, results, signals  # noqa: E402
 from flaxmnist.errors import BelowTarget, UserError, exit_code  # noqa: E402
 
 
@@ -55,12 +55,16 @@ def train(arguments: Arguments, clock: logs.Clock) -> None:
     config = arguments.config
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume goes on with a run and --overwrite throws it away: give one of them")
-    with clock("data"):
+    if arguments.resume and arguments.workdir is None:
+        raise UserError("--resume needs the --workdir to go on in")
+    if arguments.min_accuracy is not None and not 0 <= arguments.min_accuracy <= 1:
+        raise UserError(f"--min-accuracy is a fraction in [0, 1], but is {arguments.min_accuracy}")
+    with clock("data"), signals.raise_on_signals():
         data = fm.load_data(config.data, arguments.data_dir)
     if arguments.print_config:
         print(inspection.describe(config, data))
         return
-    workdir = arguments.workdir or Path("runs", time.strftime(f"{config.name}-%Y%m%d-%H%M%S"))
+    workdir = arguments.workdir or folders.fresh(config.name)
     with signals.stop_on_signals() as stop:
         run = fm.fit(
             config,
@@ -71,10 +75,11 @@ def train(arguments: Arguments, clock: logs.Clock) -> None:
             allow_config_change=arguments.allow_config_change,
             devices=arguments.devices,
             profile=arguments.profile,
+            experiment=arguments.experiment,
             stop=stop,
             clock=clock,
         )
-    print(runs.summary(run, workdir))
+    print(results.summary(run, workdir, arguments.data_dir))
     accuracy = run.result["test_accuracy"]
     if arguments.min_accuracy is not None and accuracy < arguments.min_accuracy:
         raise BelowTarget(f"test accuracy {accuracy:.4f} is under --min-accuracy {arguments.min_accuracy}")

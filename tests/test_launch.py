@@ -12,6 +12,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import flaxmnist as fm
+
 SMALL = """
 from flaxmnist.config import *
 config = Config(
@@ -62,12 +64,13 @@ def test_train_evaluate_predict(experiment, digits, tmp_path):
         Image.fromarray(digits.test.images[i, :, :, 0]).save(tmp_path / f"{i}.png")
     predicted = launch("predict", folder, *(tmp_path / f"{i}.png" for i in range(5)), "--json")
     assert predicted.returncode == 0, predicted.stderr
+    rubbish = launch("predict", folder, tmp_path / "0.png", experiment)
+    assert rubbish.returncode == 2
+    assert f"{experiment} is not an image" in rubbish.stderr
+    assert launch("predict", folder, tmp_path / "nothing.png").returncode == 2
     answers = [json.loads(line) for line in predicted.stdout.splitlines()]
     assert [Path(answer["file"]).name for answer in answers] == [f"{i}.png" for i in range(5)]
-    model = trained.load_run(folder)[1].model
-    import flaxmnist as fm
-
-    classes, probabilities = fm.predict(model, digits.test.images[:5])
+    classes, probabilities = fm.predict(fm.load_run(folder).model, digits.test.images[:5])
     assert [answer["class"] for answer in answers] == classes.tolist()
     assert all(sum(answer["probabilities"]) == pytest.approx(1) for answer in answers)
     assert answers[0]["probabilities"] == pytest.approx(probabilities[0].tolist(), abs=1e-5)
@@ -85,15 +88,20 @@ MISTAKES = {
     "too many devices": (["train", "EXPERIMENT", "--devices", "3"], "3 devices were asked for, but 1"),
     "a file for a folder": (["train", "EXPERIMENT", "--workdir", "EXPERIMENT"], "cannot write to"),
     "no run folder": (["evaluate", "nowhere"], "nowhere is no run folder: it has no config.json"),
-    "no run to predict with": (["predict", "nowhere", "EXPERIMENT"], "is not an image"),
-    "no image": (["predict", "nowhere", "image.png"], "image.png"),
+    "no run to predict with": (["predict", "nowhere", "image.png"], "nowhere is no run folder"),
+    "resuming nothing": (["train", "EXPERIMENT", "--resume"], "--resume needs the --workdir"),
+    "percents": (["train", "EXPERIMENT", "--min-accuracy", "95"], "--min-accuracy is a fraction in [0, 1]"),
+    "a trace in a file": (["train", "EXPERIMENT", "--profile", "EXPERIMENT"], "cannot write a trace to"),
+    "no pixel left": (["train", "CNN"], "no pixel left"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_what_the_caller_can_mend_exits_with_2(name, experiment, tmp_path):
     arguments, message = MISTAKES[name]
-    ended = launch(*(str(experiment) if word == "EXPERIMENT" else word for word in arguments), cwd=tmp_path)
+    (tmp_path / "cnn.py").write_text(SMALL.replace("MLP(hidden=(16,))", "CNN(features=(2, 2, 2), padding='VALID')"))
+    paths = {"EXPERIMENT": experiment, "CNN": tmp_path / "cnn.py"}
+    ended = launch(*(paths.get(word, word) for word in arguments), cwd=tmp_path)
     assert ended.returncode == 2
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -10,8 +10,8 @@ import pytest
 from conftest import MODELS, assert_same, small
 
 import flaxmnist as fm
-from flaxmnist import logs, runs, trained
-from flaxmnist.config import SGD, Adam, Augment, Data
+from flaxmnist import logs, program, runs, trained
+from flaxmnist.config import CNN, SGD, Adam, Augment, Data, Objective
 from flaxmnist.errors import Diverged, Stopped, UserError
 
 
@@ -22,15 +22,15 @@ def fit(config, data, *arguments, **options):
 
 def stop_at(monkeypatch, step: int) -> threading.Event:
     """A signal that comes while the chunk that ends at ``step`` is computed."""
-    stop, call = threading.Event(), runs.Program.__call__
+    stop, call = threading.Event(), program.Program.__call__
 
-    def calling(program, state, start, count):
+    def calling(compiled, state, start, count):
         if start + count == step:
             stop.set()
-        return call(program, state, start, count)
+        return call(compiled, state, start, count)
 
-    monkeypatch.setattr(runs.Program, "__call__", calling)
-    monkeypatch.setattr(runs, "CHUNK_STEPS", 1)
+    monkeypatch.setattr(program.Program, "__call__", calling)
+    monkeypatch.setattr(program, "LONGEST", 1)
     return stop
 
 
@@ -52,14 +52,8 @@ def test_the_run_folder(few, tmp_path):
     run = fit(small(evaluate_every=10, log_every=8), few, tmp_path / "run")
     config, result = (json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "result.json"))
     assert config["config"]["optimizer"]["kind"] == "SGD"
-    assert config["data"] == {
-        "source": few.source,
-        "shape": [28, 28],
-        "classes": 10,
-        "train": 70,
-        "validation": 30,
-        "test": 45,
-    }
+    sizes = {"train": 70, "validation": 30, "test": 45}
+    assert config["data"] == {"name": "digits", "source": few.source, "shape": [28, 28], "classes": 10} | sizes
     assert result == run.result
     assert result["steps"] == 20
     assert result["epochs"] == 4
@@ -122,6 +116,24 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, stop, few, tmp_pat
     assert whole.result["params_sha256"] == resumed.result["params_sha256"]
 
 
+@pytest.mark.parametrize("moment", ["before the first step", "while looking at a batch"])
+def test_a_signal_between_chunks_leaves_no_record_twice(moment, few, tmp_path, monkeypatch):
+    config = small(report="batch_accuracy", log_every=3, evaluate_every=6)
+    whole = fit(config, few, tmp_path / "whole")
+    stop = threading.Event()
+    if moment == "before the first step":
+        stop.set()
+    look = runs.Loop.look_at_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Loop, "look_at_batch", lambda loop: look(loop) or (loop.step == 6 and stop.set()))
+        patch.setattr(program, "LONGEST", 1)
+        with pytest.raises(Stopped):
+            fit(config, few, tmp_path / "cut", stop=stop)
+    resumed = fit(config, few, tmp_path / "cut", resume=True)
+    assert_same(whole.state, resumed.state)
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "cut/metrics.jsonl").read_bytes()
+
+
 def test_records_after_the_checkpoint_are_written_again(few, tmp_path, monkeypatch):
     """As after a kill: the newest checkpoint lies behind the records."""
     config = small(checkpoint_every=5, steps=12)
@@ -163,8 +175,8 @@ def test_a_finished_run_can_be_made_longer_but_not_shorter(few, tmp_path):
 
 
 def test_a_used_folder_needs_resume_or_overwrite(few, tmp_path):
+    fit(small(), few, tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    fit(small(), few, tmp_path, overwrite=True)
     with pytest.raises(UserError, match=r"--resume .* --overwrite"):
         fit(small(), few, tmp_path)
     fit(replace(small(), seed=1), few, tmp_path, overwrite=True)
@@ -180,6 +192,82 @@ def test_a_changed_config_is_refused_by_the_names_of_its_fields(few, tmp_path):
     assert fit(changed, few, tmp_path, resume=True, allow_config_change=True).result["steps"] == 9
 
 
+IMPOSSIBLE = {
+    "no pixel left": small(CNN(features=(2, 2, 2), padding="VALID")),
+    "leaves no batch": small(batch_size=80, data=Data(name="digits", last_batch="drop")),
+}
+
+
+@pytest.mark.parametrize("message", IMPOSSIBLE)
+def test_nothing_is_lost_to_a_run_that_cannot_begin(message, few, tmp_path):
+    first = fit(small(), few, tmp_path)
+    for options in ({"overwrite": True}, {"resume": True, "allow_config_change": True}):
+        with pytest.raises(UserError, match=message):
+            fit(IMPOSSIBLE[message], few, tmp_path, **options)
+    assert fit(small(), few, tmp_path, resume=True).result == first.result
+
+
+def test_a_resume_that_does_not_fit_changes_nothing(few, tmp_path):
+    fit(small(steps=7), few, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")}
+    with pytest.raises(UserError, match="is damaged or of another model"):
+        fit(small("mlp", steps=9), few, tmp_path, resume=True, allow_config_change=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")} == before
+
+
+def test_overwrite_leaves_alone_what_is_no_run(few, tmp_path):
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is no run folder"):
+        fit(small(), few, tmp_path, overwrite=True)
+    assert (tmp_path / "plots").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"step": 0, "epo', None], ids=["empty", "cut", "missing"])
+def test_records_that_lost_their_end_are_named(damage, few, tmp_path):
+    fit(small(steps=7), few, tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.unlink() if damage is None else path.write_bytes(damage)
+    for steps in (7, 9):
+        if damage == b"" and steps == 7:
+            continue  # a finished run with no records is odd, but whole
+        with pytest.raises(UserError, match=r"metrics.jsonl (is damaged|has lost its end)"):
+            fit(small(steps=steps), few, tmp_path, resume=True)
+
+
+def test_checkpoints_of_nobody_knows_what_are_not_gone_on_from(few, tmp_path):
+    fit(small(steps=7), few, tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json to say of what"):
+        fit(small(), few, tmp_path, resume=True)
+
+
+def test_a_run_is_not_evaluated_on_other_data(few, digits, tmp_path):
+    fit(replace(small(), data=Data(name="mnist")), few, tmp_path)
+    assert trained.evaluate_run(tmp_path).count == len(digits.test.labels), (
+        "the data it saw, not those its config names"
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["data"]["source"] = "elsewhere"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="was trained on elsewhere, but here are scikit-learn"):
+        trained.evaluate_run(tmp_path)
+
+
+def test_weights_that_end_infinite_are_a_divergence(few, tmp_path):
+    """Though every loss that a step saw was finite."""
+    config = small(optimizer=SGD(learning_rate=3e38), steps=1)
+    for folder in (None, tmp_path):
+        with pytest.raises(Diverged, match="after step 1"):
+            fit(config, few, folder)
+
+
+def test_a_machine_without_git(few, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    fit(small(), few, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["git_commit"] is None
+
+
 def test_checkpoints_kept_are_the_newest_and_the_best(few, tmp_path):
     run = fit(small(evaluate_every=2, checkpoint_every=2, keep=2), few, tmp_path)
     accuracies = {r["step"]: r["accuracy"] for r in run.history if r["split"] == "validation"}
@@ -192,34 +280,36 @@ def test_checkpoints_kept_are_the_newest_and_the_best(few, tmp_path):
 
 def test_weights_load_from_the_run_folder_alone(few, tmp_path):
     run = fit(small("cnn", evaluate_every=10, checkpoint_every=10), few, tmp_path)
-    config, state = trained.load_run(tmp_path)
-    assert config == run.config
-    assert_same(state, run.state)
-    assert trained.load_run(tmp_path, "10")[1].step == 10
+    loaded = fm.load_run(tmp_path)
+    assert loaded.config == run.config
+    assert_same(loaded.state, run.state)
+    assert fm.load_run(tmp_path, "10").state.step == 10
     with pytest.raises(UserError, match=r"no checkpoint 11: give latest, best or one of \[10, 20\]"):
-        trained.load_run(tmp_path, "11")
+        fm.load_run(tmp_path, "11")
 
 
 def test_best_needs_validation_images(few, tmp_path):
     fit(small(), replace(few, validation=None), tmp_path)
     with pytest.raises(UserError, match="no best checkpoint"):
-        trained.load_run(tmp_path, "best")
+        fm.load_run(tmp_path, "best")
 
 
 def test_one_training_program_however_the_events_fall(few, tmp_path, monkeypatch):
     traced = []
-    original = runs.steps.train_steps
-    monkeypatch.setattr(runs.steps, "train_steps", lambda *a, **k: traced.append(1) or original(*a, **k))
+    original = program.steps.train_steps
+    monkeypatch.setattr(program.steps, "train_steps", lambda *a, **k: traced.append(1) or original(*a, **k))
     fit(small(evaluate_every=7, checkpoint_every=3, log_every=2, report="batch_accuracy"), few, tmp_path)
     assert len(traced) == 1
 
 
 def test_divergence_is_told_with_its_step_and_what_is_left(few, tmp_path):
-    config = small(optimizer=SGD(learning_rate=1e36), checkpoint_every=1)
+    written_out = Objective(labels="one_hot", form="probabilities")
+    config = replace(small(optimizer=SGD(learning_rate=1e3), checkpoint_every=1, keep=1), objective=written_out)
     with pytest.raises(Diverged, match=r"the loss at step \d+ is (inf|nan): training diverged, "):
         fit(config, few, tmp_path)
-    for path in (tmp_path / "checkpoints").iterdir():
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained.load_run(tmp_path, path.name)[1].params))
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    loaded = fm.load_run(tmp_path, kept.name)
+    assert np.isfinite(fm.evaluate(loaded.model, *few.train).loss)
 
 
 @pytest.mark.parametrize(("field", "value", "steps"), [("stop_accuracy", 0.1, 4), ("patience", 2, None)])

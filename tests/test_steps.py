@@ -67,6 +67,21 @@ def test_fillings_of_a_short_batch_count_for_nothing(few):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
+def test_a_filling_does_not_reach_the_gradient_even_where_its_loss_is_infinite(few):
+    """Image 0 stands for a filling; here its written-out cost is infinite."""
+    objective = Objective(labels="one_hot", form="probabilities")
+    config = replace(small(), objective=objective)
+    state = steps.create_state(config, (28, 28), 10)
+    images = jnp.concatenate([jnp.full((1, 28, 28, 1), 255, jnp.uint8), jnp.zeros((3, 28, 28, 1), jnp.uint8)])
+    bright = {
+        "dense": {"kernel": state.params["dense"]["kernel"].at[1].set(1.0), "bias": state.params["dense"]["bias"]}
+    }
+    state = replace(state, params=bright)
+    batch = steps.take_batch(images, jnp.zeros(4, jnp.int32), jnp.array([1, 2, -1], jnp.int32))
+    after, _ = steps.train_step(config, state, batch)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -124,7 +139,7 @@ def test_dropout_changes_with_the_step_and_the_seed(few):
 def test_every_form_of_the_cost_trains(objective, few):
     config = replace(small(), objective=objective)
     _, (metrics,) = run(config, few, [20], capacity=20)
-    assert metrics.batch.loss[19] < metrics.batch.loss[4] / 2 * 16 / 6
+    assert metrics.batch.loss[19] < 0.6 * metrics.batch.loss[4], "the same batch, an epoch and more later"
 
 
 GOLDEN = {

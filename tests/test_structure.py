@@ -18,6 +18,7 @@ FLOORS = [
     {"steps", "evaluation"},
     {"checkpoints", "folders", "inspection"},
     {"trained", "peer"},
+    {"program", "results"},
     {"runs"},
     {"benchmarks"},
 ]
@@ -28,7 +29,13 @@ def imports(path) -> set[str]:
     """The modules of the package that a file imports, wherever in the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "flaxmnist":
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("flaxmnist.") for alias in node.names), (
+                "write: from flaxmnist import x"
+            )
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise AssertionError("say: from flaxmnist import x")
+        elif isinstance(node, ast.ImportFrom) and node.module == "flaxmnist":
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flaxmnist."):
             found.add(node.module.split(".")[1])

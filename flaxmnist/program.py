@@ -1,0 +1,60 @@
+"""The one place that compiles training."""
+
+from functools import partial
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from flaxmnist import order, parallel, steps
+from flaxmnist.config import Config
+from flaxmnist.data import Dataset, Split
+from flaxmnist.state import Metrics, TrainState
+
+# Most steps in one call, so that its metrics stay small.
+LONGEST = 1000
+
+
+def first_state(config: Config, data: Dataset, mesh: Mesh) -> TrainState:
+    """The state before the first step, whole on every device."""
+    create = partial(steps.create_state, config, data.train.images.shape[1:3], data.classes)
+    return jax.jit(create, out_shardings=parallel.whole(mesh))()
+
+
+def place(split: Split, mesh: Mesh) -> Split:
+    """The images and labels of ``split``, whole on every device."""
+    return Split(*jax.device_put(tuple(split), parallel.whole(mesh)))
+
+
+class Program:
+    """The training program of a run, compiled once: any number of steps up to ``capacity``."""
+
+    def __init__(self, config: Config, state: TrainState, train: Split, mesh: Mesh):
+        self.config, self.train = config, train
+        self.capacity = min(LONGEST, config.train.length)
+        self.whole, self.columns = parallel.whole(mesh), parallel.split_columns(mesh)
+        function = jax.jit(
+            partial(steps.train_steps, config),
+            in_shardings=(self.whole, self.whole, self.whole, self.columns, self.whole),
+            out_shardings=self.whole,
+            donate_argnums=0,
+        )
+        self.compiled = function.lower(state, *train, *self.place(0, 0)).compile()
+
+    def place(self, start: int, count: int) -> tuple[Array, Array]:
+        """The arguments that say which ``count`` steps from ``start`` on to do."""
+        indices = np.zeros((self.capacity, self.config.train.batch_size), np.int32)
+        indices[:count] = order.batch_indices(self.config, len(self.train.labels), start, start + count)
+        return jax.device_put(indices, self.columns), jax.device_put(np.int32(count), self.whole)
+
+    def __call__(self, state: TrainState, start: int, count: int) -> tuple[TrainState, Metrics]:
+        """``count`` steps from ``state``, which is at step ``start`` and may not be used any more."""
+        return self.compiled(state, *self.train, *self.place(start, count))
+
+
+@partial(jax.jit, static_argnums=0)
+def train_logits(config: Config, state: TrainState, images: Array) -> Float[Array, "b classes"]:
+    """The logits that the next step would see for ``images``, with its dropout and augmentation."""
+    return steps.train_logits(config, nnx.merge(state.graphdef, state.params), images, state.step)

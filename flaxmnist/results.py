@@ -1,0 +1,111 @@
+"""What a run ended with."""
+
+import hashlib
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from flaxmnist import folders
+from flaxmnist.config import Config
+from flaxmnist.evaluation import Evaluation
+from flaxmnist.logs import Clock, read_records
+from flaxmnist.state import TrainState
+from flaxmnist.trained import load_run
+
+# What the seconds of a run are told apart by.
+SECONDS = ("import", "data", "compile", "train", "evaluate", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    config: Config  # its length in steps
+    state: TrainState
+    history: list[dict[str, Any]]  # the records of metrics.jsonl
+    result: dict[str, Any]  # what result.json holds
+
+    @property
+    def model(self) -> nnx.Module:
+        """The trained model, with averaged weights where the config has such."""
+        return self.state.model
+
+
+def finished_run(folder: Path) -> Run:
+    """The run that was finished in ``folder``. Raises UserError where its files cannot be read."""
+    trained = load_run(folder)
+    history = read_records(folder / "metrics.jsonl")
+    return Run(trained.config, trained.state, history, folders.read_json(folder / "result.json"))
+
+
+def result_of(
+    config: Config,
+    state: TrainState,
+    mesh: Mesh,
+    clock: Clock,
+    *,
+    epochs: float,
+    validation_accuracy: float | None,
+    test: Evaluation,
+) -> dict[str, Any]:
+    """What ``result.json`` holds."""
+    seconds = {name: clock.seconds.get(name, 0.0) for name in SECONDS} | {"total": clock.total()}
+    steps = int(state.step)
+    return {
+        "experiment": config.name,
+        "seed": config.seed,
+        "backend": "jit",
+        "devices": mesh.size,
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "steps": steps,
+        "epochs": epochs,
+        "test_accuracy": test.accuracy,
+        "test_loss": test.loss,
+        "test_count": test.count,
+        "validation_accuracy": validation_accuracy,
+        "params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "params_sha256": params_sha256(state.params),
+        "steps_per_second": steps / seconds["train"] if seconds["train"] else None,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory(mesh),
+        "versions": folders.versions(),
+    }
+
+
+def summary(run: Run, workdir: Path, data_dir: Path | None) -> str:
+    """How the run ended, where it lies, and what to try next."""
+    result, seconds = run.result, run.result["seconds"]
+    spent = ", ".join(f"{name} {seconds[name]:.1f}" for name in SECONDS)
+    accuracy = f"{result['test_accuracy']:.4f} of {result['test_count']} images"
+    where = "" if data_dir is None else f" --data-dir {data_dir}"
+    return "\n".join(
+        [
+            f"test accuracy {accuracy}, loss {result['test_loss']:.4f}",
+            f"{result['steps']} steps, {seconds['total']:.1f} s ({spent})",
+            f"run folder {workdir}",
+            f"next: python launch/evaluate.py {workdir}{where}",
+            f"      python launch/predict.py {workdir} IMAGE.png",
+        ]
+    )
+
+
+def params_sha256(params: Any) -> str:
+    """SHA-256 over the bytes of the parameters, leaves in the order of their paths."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def peak_memory(mesh: Mesh) -> int:
+    """The most bytes in use at once: on the first device where it counts them, else by this process."""
+    counted = mesh.devices.flat[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return counted.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
