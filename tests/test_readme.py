@@ -44,7 +44,7 @@ config = Config(
 run = fm.fit(config, fm.load_data(config.data, "."), "run")
 assert run.history[-1]["accuracy"] <= run.history[-1]["top2"] <= 1
 assert "blocks.1.kernel" in parameter_table(run.state.params)
-assert fm.load_run("run")[0] == config
+assert fm.load_run("run").config == config
 """
 
 
