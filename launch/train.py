@@ -18,7 +18,7 @@ from flaxmnist.errors import BelowTarget, UserError, exit_code  # noqa: E402
 
 @dataclass(frozen=True)
 class Arguments:
-    experiment: tyro.conf.Positional[Path]  # the experiment file, which is Python code and is run
+    experiment: tyro.conf.Suppress[Path]  # the experiment file, which is read before the options are
     config: Annotated[fm.Config, tyro.conf.arg(name="")]
     workdir: Path | None = None  # where the run is kept; default: a fresh runs/NAME-YYYYMMDD-HHMMSS
     data_dir: Path | None = None  # where data sets lie; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
@@ -46,7 +46,8 @@ def read(argv: list[str]) -> Arguments:
             config = replace(config, train=replace(config.train, **{given: 1, other: None}))
     default = Arguments(Path(argv[0]), config)
     options = (tyro.conf.AvoidSubcommands,)
-    return tyro.cli(Arguments, default=default, args=argv, config=options, prog="launch/train.py", description=__doc__)
+    prog = f"launch/train.py {argv[0]}"
+    return tyro.cli(Arguments, default=default, args=argv[1:], config=options, prog=prog, description=__doc__)
 
 
 def train(arguments: Arguments, clock: logs.Clock) -> None:

@@ -1,27 +1,13 @@
 """The house: which part may use which, and what an import may do."""
 
 import ast
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
-# Every floor may use those below it, and nothing beside it.
-FLOORS = [
-    {"errors"},
-    {"fields"},
-    {"config", "downloads", "digits", "idx", "logs", "parallel", "signals"},
-    {"augment", "data", "layers", "objective", "optim", "order"},
-    {"models"},
-    {"state"},
-    {"steps", "evaluation"},
-    {"checkpoints", "folders", "inspection"},
-    {"trained", "peer"},
-    {"program", "results"},
-    {"runs"},
-    {"benchmarks"},
-]
 FILES = sorted(path for path in (ROOT / "flaxmnist").glob("*.py") if path.stem != "__init__")
 
 
@@ -42,11 +28,19 @@ def imports(path) -> set[str]:
     return found
 
 
+def layout() -> list[str]:
+    """The files of the package in the order of the README's layout."""
+    return re.findall(r"(\w+)\.py", (ROOT / "README.md").read_text().split("## Layout")[1].split("## ")[0])
+
+
+def test_every_file_stands_in_the_layout():
+    assert sorted(layout()) == [path.stem for path in FILES]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_imports_run_downwards(path):
-    floor = next(number for number, rooms in enumerate(FLOORS) if path.stem in rooms)
-    below = set().union(*FLOORS[:floor])
-    assert imports(path) <= below, f"{path.stem} looks up or sideways"
+def test_imports_run_downwards_in_the_layout(path):
+    below = layout()[layout().index(path.stem) + 1 :]
+    assert imports(path) <= set(below), f"{path.stem} looks up"
 
 
 def test_experiments_import_the_config_alone():
