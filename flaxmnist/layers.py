@@ -135,8 +135,9 @@ def convolve(
     """Cross-correlation of images with a kernel, as neural networks mean convolution; sizes as in ``output_size``.
 
     Its gradients are written as convolutions in the form XLA's fast CPU kernels take (NHWC, HWIO). XLA brings them to
-    that form itself, but on CPU only outside of loops: inside ``scan`` and ``fori_loop`` the gradient of the kernel
-    ran as naive loops, 35 times slower. Forward-mode derivatives are given up.
+    that form itself, but on CPU only outside of loops: inside ``scan`` and ``fori_loop`` a 5×5×32→64 convolution of 50
+    images and its gradient took 920 ms, as naive loops, and take 13 ms in this form (two cores of a Xeon with AVX-512).
+    Forward-mode derivatives are given up.
     """
     sides = [pads(size, window, padding, stride) for size, window in zip(x.shape[1:3], kernel.shape[:2], strict=True)]
     return _convolve(x, kernel, tuple(sides), stride)
