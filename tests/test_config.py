@@ -20,6 +20,14 @@ def test_an_experiment_file_survives_json(path):
     assert experiment.name == path.stem
 
 
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_file_says_what_it_reproduces_and_how(path):
+    text = path.read_text()
+    assert text.startswith('"""')
+    assert f"python launch/train.py experiments/{path.name}" in text
+    assert "±" in text
+
+
 def test_a_union_carries_its_kind():
     written = fields.to_json(small(optimizer=Adam()))
     assert written["optimizer"]["kind"] == "Adam"
