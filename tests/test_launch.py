@@ -40,40 +40,57 @@ def launch(script: str, *arguments, cwd: Path | None = None) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300, check=False)
 
 
-def test_train_evaluate_predict(experiment, digits, tmp_path):
-    trained = launch("train", experiment, "--min-accuracy", "0.5", cwd=tmp_path)
-    assert trained.returncode == 0, trained.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"small-\d{8}-\d{6}", folder.name)
-    assert f"run folder runs/{folder.name}" in trained.stdout
-    assert re.search(r"^step 20, loss \d\.\d{4}, accuracy \d\.\d{4}$", trained.stderr, re.MULTILINE)
-    assert "\x1b" not in trained.stderr + trained.stdout
-    assert "\r" not in trained.stderr
-    result = json.loads((folder / "result.json").read_text())
-    assert f"test accuracy {result['test_accuracy']:.4f} of 360 images" in trained.stdout
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A small run, launched without --workdir, and its folder."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "small.py").write_text(SMALL)
+    ended = launch("train", "small.py", "--min-accuracy", "0.5", cwd=home)
+    assert ended.returncode == 0, ended.stderr
+    (folder,) = (home / "runs").iterdir()
+    return ended, folder
 
-    evaluated = launch("evaluate", folder, cwd=tmp_path)
+
+def test_train(trained):
+    ended, folder = trained
+    assert re.fullmatch(r"small-\d{8}-\d{6}", folder.name)
+    assert f"run folder runs/{folder.name}" in ended.stdout
+    assert f"next: python launch/evaluate.py runs/{folder.name}" in ended.stdout
+    assert re.search(r"^step 20, loss \d\.\d{4}, accuracy \d\.\d{4}$", ended.stderr, re.MULTILINE)
+    assert not {"\x1b", "\r"} & set(ended.stderr + ended.stdout), "no colour and no bar where there is no terminal"
+    result = json.loads((folder / "result.json").read_text())
+    assert f"test accuracy {result['test_accuracy']:.4f} of 360 images" in ended.stdout
+    assert json.loads((folder / "config.json").read_text())["experiment"] == "small.py"
+
+
+def test_evaluate(trained):
+    _, folder = trained
+    result = json.loads((folder / "result.json").read_text())
+    evaluated = launch("evaluate", folder)
     assert evaluated.returncode == 0, evaluated.stderr
     assert evaluated.stderr == ""
     assert f"accuracy {result['test_accuracy']:.4f}" in evaluated.stdout
     assert "360 images" in evaluated.stdout
-    best = launch("evaluate", folder, "--step", "best", "--split", "validation", cwd=tmp_path)
+    best = launch("evaluate", folder, "--step", "best", "--split", "validation")
     assert "180 images" in best.stdout
 
+
+def test_predict(trained, digits, tmp_path):
+    _, folder = trained
     for i in range(5):
         Image.fromarray(digits.test.images[i, :, :, 0]).save(tmp_path / f"{i}.png")
-    predicted = launch("predict", folder, *(tmp_path / f"{i}.png" for i in range(5)), "--json")
+    predicted = launch("predict", folder, tmp_path, "--json")
     assert predicted.returncode == 0, predicted.stderr
-    rubbish = launch("predict", folder, tmp_path / "0.png", experiment)
-    assert rubbish.returncode == 2
-    assert f"{experiment} is not an image" in rubbish.stderr
-    assert launch("predict", folder, tmp_path / "nothing.png").returncode == 2
     answers = [json.loads(line) for line in predicted.stdout.splitlines()]
     assert [Path(answer["file"]).name for answer in answers] == [f"{i}.png" for i in range(5)]
     classes, probabilities = fm.predict(fm.load_run(folder).model, digits.test.images[:5])
     assert [answer["class"] for answer in answers] == classes.tolist()
     assert all(sum(answer["probabilities"]) == pytest.approx(1) for answer in answers)
     assert answers[0]["probabilities"] == pytest.approx(probabilities[0].tolist(), abs=1e-5)
+    (tmp_path / "rubbish.png").write_text("no picture")
+    rubbish = launch("predict", folder, tmp_path)
+    assert rubbish.returncode == 2
+    assert "rubbish.png is not an image" in rubbish.stderr
 
 
 MISTAKES = {
@@ -124,6 +141,7 @@ def test_too_low_an_accuracy_exits_with_4(experiment):
     assert "test accuracy" in ended.stdout
 
 
+@pytest.mark.slow
 def test_a_signal_exits_with_75_and_resume_goes_on(experiment, tmp_path):
     arguments = [experiment, "--train.evaluate-every", "None", "--workdir", tmp_path / "run"]
     command = [sys.executable, ROOT / "launch/train.py", *map(str, arguments), "--train.steps", "1000000"]

@@ -103,7 +103,7 @@ RESUMABLE = {
 
 
 @pytest.mark.parametrize("stop", [5, 7], ids=["at the end of an epoch", "in the middle of one"])
-@pytest.mark.parametrize("name", RESUMABLE)
+@pytest.mark.parametrize("name", ["softmax", "mlp", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, stop, few, tmp_path, monkeypatch):
     config = RESUMABLE[name]
     whole = fit(config, few, tmp_path / "whole")
