@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 README = (ROOT / "README.md").read_text()
 
@@ -72,6 +73,26 @@ def test_every_experiment_stands_in_the_table_with_what_its_docstring_says():
     for path in (ROOT / "experiments").glob("*.py"):
         measured = re.search(r"[\d.]+ ± [\d.]+ %", path.read_text())[0]
         assert measured in rows[path.stem]
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path, digits):
+    """As they stand, but for two steps on the digits."""
+    for name in ("launch", "experiments"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "folder").mkdir()
+    for name in ("photo.png", "folder/another.png"):
+        Image.fromarray(digits.test.images[0, :, :, 0]).save(tmp_path / name)
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    section = README.split("## Experiments")[1].split("```")[1]
+    commands = [line.split("#")[0].strip() for line in section.strip().splitlines()]
+    assert len(commands) == 7
+    for command in commands:
+        if "train.py" in command:
+            command = re.sub(r"--train.steps \d+", "", command) + " --train.steps 2 --data.name digits"
+        words = [sys.executable if word == "python" else word for word in command.split()]
+        subprocess.run(words, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
 def test_commands_name_files_that_are_there():
