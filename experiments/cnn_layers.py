@@ -10,7 +10,7 @@ from flaxmnist.config import CNN, SGD, Config, Glorot, Train
 
 config = Config(
     name="cnn_layers",
-    model=CNN(features=(32, 64), kernel=5, padding="SAME", dense=1024, dropout=0.4, kernel_init=Glorot()),
+    model=CNN(features=(32, 64), kernel=(5,), padding="SAME", dense=1024, dropout=0.4, kernel_init=Glorot()),
     optimizer=SGD(learning_rate=0.001),
     train=Train(batch_size=100, steps=20_000, log_every=50, evaluate_every=2_000, report="probabilities"),
 )

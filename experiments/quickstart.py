@@ -9,7 +9,7 @@ from flaxmnist.config import CNN, Adam, Config, Cosine, Data, Train
 
 config = Config(
     name="quickstart",
-    model=CNN(features=(16, 32), kernel=3, dense=128, dropout=0.3),
+    model=CNN(features=(16, 32), kernel=(3,), dense=128, dropout=0.3),
     optimizer=Adam(learning_rate=2e-3, schedule=Cosine()),
     data=Data(name="digits"),
     train=Train(batch_size=50, epochs=20, log_every=50, evaluate_every=100),

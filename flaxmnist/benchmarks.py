@@ -5,22 +5,26 @@ while is slower for all. The training path is the one that ``fit`` uses.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxmnist import evaluation, folders, inspection, order, parallel, program, results, steps
+from flaxmnist import evaluation, folders, inspection, order, parallel, peer, program, results, steps
 from flaxmnist.config import Config, load_experiment
 from flaxmnist.data import Dataset, load_data
+from flaxmnist.state import TrainState
 
 # Seconds that one timed stretch takes at least, and how many there are of each.
 STRETCH_SECONDS = 0.5
@@ -35,21 +39,48 @@ def our_trainer(config: Config, data: Dataset) -> tuple[Callable[[int], None], f
     mesh = parallel.make_mesh()
     parallel.check_batch(config.train.batch_size, mesh)
     state = program.first_state(config, data, mesh)
-    train = program.place(data.train, mesh)
     began = time.perf_counter()
-    compiled = program.Program(config, state, train, mesh)
+    compiled = program.Program(config, state, program.place(data.train, mesh), mesh)
     compile_seconds = time.perf_counter() - began
     done = 0
 
     def run(count: int) -> None:
         nonlocal state, done
-        for stretch in range(count, 0, -compiled.capacity):
-            stretch = min(compiled.capacity, stretch)
-            state, _ = compiled(state, done, stretch)
-            done += stretch
+        state, done = advance(compiled, state, done, count), done + count
         jax.block_until_ready(state)
 
     return run, compile_seconds
+
+
+def advance(compiled: program.Program, state: TrainState, start: int, count: int) -> TrainState:
+    """``state``, which is at step ``start``, after ``count`` steps."""
+    for first in range(start, start + count, compiled.capacity):
+        state, _ = compiled(state, first, min(compiled.capacity, start + count - first))
+    return state
+
+
+def whole_run(config: Config, data: Dataset) -> tuple[float, float]:
+    """Seconds and test accuracy of a whole run.
+
+    The seconds are those of all training work once everything is compiled: from arrays in the host's memory to trained
+    parameters, with the data's way to the device, initial values and batch order. Not with evaluation.
+    """
+    mesh = parallel.make_mesh()
+    state = program.first_state(config, data, mesh)
+    compiled = program.Program(config, state, program.place(data.train, mesh), mesh)
+    began = time.perf_counter()
+    state = program.first_state(config, data, mesh)
+    compiled.train = program.place(data.train, mesh)
+    state = jax.block_until_ready(advance(compiled, state, 0, config.train.length))
+    seconds = time.perf_counter() - began
+    return seconds, evaluation.evaluate(state.model, *data.test).accuracy
+
+
+def whole_runs(config: Config, data: Dataset, count: int) -> dict[str, list[float]]:
+    """Seconds and test accuracies of ``count`` whole runs, with the seeds 0 to ``count`` − 1."""
+    config = order.resolve(config, len(data.train.labels))
+    seconds, accuracies = zip(*(whole_run(replace(config, seed=seed), data) for seed in range(count)), strict=True)
+    return {"seconds": list(seconds), "test_accuracy": list(accuracies)}
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -63,6 +94,7 @@ def race(trainers: dict[str, Callable[[int], None]]) -> dict[str, list[float]]:
     """Steps a second of each trainer in each round, after a warm-up that also finds how long a stretch must be."""
     counts = {}
     for name, train in trainers.items():
+        train(1)  # a first step may compile
         count, seconds = 1, seconds_of(partial(train, 1))
         while seconds < STRETCH_SECONDS / 4:
             count *= 2
@@ -85,6 +117,7 @@ def measure(config: Config, data: Dataset, peers: dict[str, Callable[[int], None
     result = {
         "name": config.name,
         "batch_size": config.train.batch_size,
+        "steps": config.train.length,
         "steps_per_second": rate,
         "images_per_second": rate * config.train.batch_size,
         "compile_seconds": compile_seconds,
@@ -105,16 +138,13 @@ def measure(config: Config, data: Dataset, peers: dict[str, Callable[[int], None
     return result
 
 
-def run(experiment: Path, data_dir: Path | None, peer: str | None) -> dict[str, Any]:
-    """Everything ``launch/benchmark.py`` says of the experiment file ``experiment``."""
+def run(experiment: Path, data_dir: Path | None, beside: Literal["torch"] | None, runs: int) -> dict[str, Any]:
+    """Everything ``launch/benchmark.py`` says of the experiment file ``experiment``, of its peer, of ``runs`` runs."""
     config = load_experiment(experiment)
     data = load_data(config.data, data_dir)
-    peers = {}
-    if peer is not None:
-        from flaxmnist.peer import trainers
-
-        peers = trainers(config, data)
-    return measure(config, data, peers) | {"start_up_seconds": start_up(experiment, data_dir)}
+    with peer.trainers(experiment, data_dir) if beside else nullcontext({}) as peers:
+        result = measure(config, data, peers) | start_ups(experiment, data_dir)
+    return result | ({"runs": whole_runs(config, data, runs)} if runs else {})
 
 
 def report(results: list[dict[str, Any]]) -> str:
@@ -152,6 +182,28 @@ def report(results: list[dict[str, Any]]) -> str:
     return inspection.table(rows)
 
 
+def runs_report(results: list[dict[str, Any]]) -> str:
+    """Whole runs as a table."""
+    rows: list[tuple[str, ...]] = [
+        ("experiment", "runs", "training s", "peer's s", "test accuracy", "least", "runs ≥ 99 %")
+    ]
+    for result in results:
+        seconds, accuracies = (np.array(result["runs"][name]) for name in ("seconds", "test_accuracy"))
+        peers, freedom = result.get("peer_steps_per_second"), min(1, len(seconds) - 1)
+        rows.append(
+            (
+                result["name"],
+                str(len(seconds)),
+                f"{seconds.mean():.3f} ± {seconds.std(ddof=freedom):.3f}",
+                f"{result['steps'] / max(peers.values()):.3f}" if peers else "",
+                f"{accuracies.mean():.3%} ± {accuracies.std(ddof=freedom):.3%}",
+                f"{accuracies.min():.2%}",
+                f"{np.mean(accuracies >= 0.99):.0%}",
+            )
+        )
+    return inspection.table(rows)
+
+
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Draws images a second of each experiment, and of its peers, as bars into ``path``."""
     import matplotlib
@@ -159,16 +211,15 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    names = ["flaxmnist", *results[0].get("peer_steps_per_second", {})]
+    speeds = [
+        {"flaxmnist": result["steps_per_second"], **result.get("peer_steps_per_second", {})} for result in results
+    ]
+    names = list(dict.fromkeys(name for each in speeds for name in each))
     figure, axes = pyplot.subplots(figsize=(1.5 + 1.4 * len(results), 4), layout="constrained")
     for number, name in enumerate(names):
-        speeds = [
-            result["batch_size"]
-            * {"flaxmnist": result["steps_per_second"], **result.get("peer_steps_per_second", {})}[name]
-            for result in results
-        ]
+        heights = [result["batch_size"] * each.get(name, 0) for result, each in zip(results, speeds, strict=True)]
         places = np.arange(len(results)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
-        axes.bar_label(axes.bar(places, speeds, 0.8 / len(names), label=name), fmt="{:,.0f}", fontsize=7)
+        axes.bar_label(axes.bar(places, heights, 0.8 / len(names), label=name), fmt="{:,.0f}", fontsize=7)
     axes.set_xticks(range(len(results)), [result["name"] for result in results])
     axes.set_yscale("log")
     axes.set_ylabel("training images a second")
@@ -196,14 +247,25 @@ def evaluation_speed(config: Config, data: Dataset) -> float:
     return len(data.test.labels) / float(np.median(seconds))
 
 
-def start_up(experiment: Path, data_dir: Path | None) -> dict[str, float]:
+def start_ups(experiment: Path, data_dir: Path | None) -> dict[str, dict[str, float]]:
+    """``start_up`` with no program kept from earlier, and again with those kept, where the device has them kept."""
+    if jax.default_backend() == "cpu":
+        return {"start_up_seconds": start_up(experiment, data_dir, {})}
+    with tempfile.TemporaryDirectory() as kept:
+        environment = {"JAX_COMPILATION_CACHE_DIR": kept}
+        return {
+            name: start_up(experiment, data_dir, environment) for name in ("start_up_seconds", "warm_start_up_seconds")
+        }
+
+
+def start_up(experiment: Path, data_dir: Path | None, environment: dict[str, str]) -> dict[str, float]:
     """Seconds from the start of ``launch/train.py`` to its first finished step, and what they went to."""
     train = Path(__file__).parent.parent / "launch/train.py"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, train, experiment, "--train.steps", "1", "--workdir", folder, "--log-level", "error"]
         command += ["--data-dir", data_dir] if data_dir else []
         began = time.perf_counter()
-        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, env=os.environ | environment)
         whole = time.perf_counter() - began
         seconds = json.loads((Path(folder) / "result.json").read_text())["seconds"]
     parts = {name: seconds[name] for name in ("import", "data", "compile", "train")}

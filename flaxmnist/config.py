@@ -89,7 +89,8 @@ class CNN:
     """Convolutions, each with a 2×2 max-pool and ReLU; then a dense layer with ReLU, dropout, and a dense layer."""
 
     features: tuple[int, ...] = (32, 64)  # channels of each convolution
-    kernel: int = 5  # side of the square kernels, in pixels
+    kernel: tuple[int, ...] = (5,)  # sides of the square kernels, in pixels: one for all, or one for each convolution
+    space_to_depth: int = 1  # side of the blocks of pixels that become the channels of one pixel, before everything
     padding: Literal["SAME", "VALID"] = "SAME"  # SAME keeps the size (stride 1), VALID loses kernel − 1 pixels
     dense: int = 1024  # units of the dense layer
     dropout: float = 0.0  # share of the dense layer's units left out in a training step, in [0, 1)
@@ -163,7 +164,19 @@ class Adam:
     accumulate: int = 1  # batches whose gradients are averaged, each alike, for one update; a rest is left out
 
 
-Optimizer = SGD | Adam
+@dataclass(frozen=True, kw_only=True)
+class Muon:
+    """Momentum made orthogonal (Jordan et al. 2024) for matrices and kernels; Nadam (Dozat 2016) for biases."""
+
+    learning_rate: float = 0.02  # step size; the schedule's full rate
+    momentum: float = 0.95  # decay of the mean of the gradients, in [0, 1)
+    newton_schulz_steps: int = 5  # iterations that make the mean orthogonal
+    schedule: Schedule = Flat()  # the learning rate over the run
+    clip_norm: float | None = None  # largest global norm of the gradient; None does not clip
+    accumulate: int = 1  # batches whose gradients are averaged, each alike, for one update; a rest is left out
+
+
+Optimizer = SGD | Adam | Muon
 
 # --- The rest of an experiment --------------------------------------------------------------------------------------
 
@@ -211,6 +224,7 @@ class Train:
     checkpoint_every: int | None = None  # steps between checkpoints; None: at the end only
     keep: int = 2  # newest checkpoints kept, beside the best by validation accuracy
     report: Literal["loss", "epoch_cost", "batch_loss", "batch_accuracy", "probabilities"] = "loss"  # console lines
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of a training step; weights stay float32 beside it
     ema_decay: float | None = None  # decay a step of an average of the weights that evaluation uses; None: none
     stop_accuracy: float | None = None  # stop at this validation accuracy, a fraction; None: never
     patience: int | None = None  # stop after this many evaluations without a better one; None: never
@@ -287,7 +301,11 @@ def rules(config: Config) -> Iterator[tuple[bool, str]]:
         yield all(1 <= units <= 2**20 for units in model.hidden), "model.hidden must be units of at least 1 each"
     if isinstance(model, CNN):
         yield from bounds("model.", model, 1, 2**20, "dense")
-        yield from bounds("model.", model, 1, 28, "kernel")
+        yield from bounds("model.", model, 1, 28, "space_to_depth")
+        yield (
+            len(model.kernel) in (1, len(model.features)) and all(1 <= side <= 28 for side in model.kernel),
+            "model.kernel must be sides in [1, 28]: one for all convolutions, or as many as model.features",
+        )
         yield (
             len(model.features) > 0 and all(1 <= n <= 2**16 for n in model.features),
             ("model.features must be at least one convolution of at least one channel"),
@@ -312,6 +330,9 @@ def rules(config: Config) -> Iterator[tuple[bool, str]]:
         yield from bounds("optimizer.", optimizer, 0, 1, "b1", "b2", open_high=True)
         yield from bounds("optimizer.", optimizer, 0, math.inf, "eps", open_low=True, open_high=True)
         yield from bounds("optimizer.", optimizer, 0, math.inf, "weight_decay", open_high=True)
+    if isinstance(optimizer, Muon):
+        yield from bounds("optimizer.", optimizer, 0, 1, "momentum", open_high=True)
+        yield from bounds("optimizer.", optimizer, 1, 20, "newton_schulz_steps")
     match schedule := optimizer.schedule:
         case Cosine():
             yield from bounds("optimizer.schedule.", schedule, 0, whole, "warmup_steps")

@@ -66,6 +66,14 @@ def flatten(images: Float[Array, "b h w c"]) -> Float[Array, "b h*w*c"]:
     return images.reshape(images.shape[0], -1)
 
 
+def space_to_depth(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b h2 w2 {side}*{side}*c"]:
+    """The channels of each ``side``×``side`` block of pixels as those of one; zeros fill up what does not divide."""
+    b, h, w, c = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -h % side), (0, -w % side), (0, 0)))
+    blocks = x.reshape(b, -(-h // side), side, -(-w // side), side, c).transpose(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(*blocks.shape[:3], side * side * c)
+
+
 class Dense(nnx.Module):
     """y = x·Wᵀ + b, with W of shape [outputs, inputs] and b of shape [outputs].
 
@@ -90,7 +98,10 @@ class Dense(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """A convolution of stride 1 with a square kernel, W of shape [side, side, inputs, outputs], and a bias."""
+    """A convolution of stride 1 with a square kernel, W of shape [side, side, inputs, outputs], and a bias.
+
+    With ``pool``, 2×2 max-pooled.
+    """
 
     def __init__(
         self,
@@ -107,8 +118,10 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(bias_init(rngs.params(), (outputs,), jnp.float32))
         self.padding: Padding = padding
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        return convolve(x, self.kernel[...], self.padding) + self.bias[None, None, None, :]
+    def __call__(self, x: Float[Array, "b h w i"], *, pool: bool = False) -> Float[Array, "b h2 w2 o"]:
+        x = convolve(x, self.kernel[...], self.padding)
+        # The largest of four sums with one bias is the sum with the largest: a quarter of the additions.
+        return (max_pool(x) if pool else x) + self.bias[None, None, None, :]
 
 
 def output_size(size: int, window: int, padding: Padding, stride: int = 1) -> int:

@@ -71,7 +71,11 @@ class MLP(nnx.Module):
 
 
 class CNN(nnx.Module):
-    """Convolution, 2×2 max-pool and ReLU, as often as ``features`` says; dense with ReLU; dropout; dense."""
+    """Convolution, 2×2 max-pool and ReLU for each of ``features``; dense with ReLU; dropout; dense.
+
+    ``space_to_depth`` is the side of the blocks of pixels that become channels first: less work for the first
+    convolution, whose single input channel suits no matrix unit.
+    """
 
     def __init__(
         self,
@@ -79,7 +83,8 @@ class CNN(nnx.Module):
         shape: tuple[int, int] = (28, 28),
         classes: int = 10,
         features: Sequence[int] = (32, 64),
-        kernel: int = 5,
+        kernel: Sequence[int] = (5,),
+        space_to_depth: int = 1,
         padding: layers.Padding = "SAME",
         dense: int = 1024,
         kernel_init: initializers.Initializer = layers.LECUN_NORMAL,
@@ -87,27 +92,29 @@ class CNN(nnx.Module):
         rngs: nnx.Rngs,
     ):
         initial = {"kernel_init": kernel_init, "bias_init": bias_init, "rngs": rngs}
+        self.space_to_depth = space_to_depth
+        kernels = tuple(kernel) * len(features) if len(kernel) == 1 else tuple(kernel)
         self.convs = nnx.List(
-            layers.Conv(inputs, outputs, kernel, padding=padding, **initial)
-            for inputs, outputs in pairwise((1, *features))
+            layers.Conv(inputs, outputs, side, padding=padding, **initial)
+            for (inputs, outputs), side in zip(pairwise((space_to_depth**2, *features)), kernels, strict=True)
         )
-        height, width = shape
-        for _ in features:
-            height, width = (-(-layers.output_size(size, kernel, padding) // 2) for size in (height, width))
+        height, width = (-(-size // space_to_depth) for size in shape)
+        for side in kernels:
+            height, width = (-(-layers.output_size(size, side, padding) // 2) for size in (height, width))
         if height < 1 or width < 1:
             raise UserError(
                 f"the CNN has no pixel left of {shape[0]}×{shape[1]} after {len(features)} convolutions "
-                f"{kernel}×{kernel} {padding} and pools: "
+                f"{padding} of kernels {kernels} and pools: "
                 "take a smaller model.kernel, fewer model.features, or model.padding SAME"
             )
         self.dense = layers.Dense(height * width * features[-1], dense, **initial)
         self.logits = layers.Dense(dense, classes, **initial)
 
     def __call__(self, images: Images, dropout: Dropout = keep_all) -> Logits:
-        x = layers.normalise(images)
+        x = layers.space_to_depth(layers.normalise(images), self.space_to_depth)
         for conv in self.convs:
             # The maximum of ReLUs is the ReLU of the maximum, at a quarter of the work.
-            x = jax.nn.relu(layers.max_pool(conv(x)))
+            x = jax.nn.relu(conv(x, pool=True))
         x = jax.nn.relu(self.dense(layers.flatten(x)))
         return self.logits(dropout(x))
 
@@ -126,5 +133,12 @@ def make_model(model: config.Model, shape: tuple[int, int], classes: int, rngs: 
             return Softmax(**common)
         case config.MLP(hidden=hidden):
             return MLP(hidden=hidden, **common)
-        case config.CNN(features=features, kernel=kernel, padding=padding, dense=dense):
-            return CNN(features=features, kernel=kernel, padding=padding, dense=dense, **common)
+        case config.CNN():
+            return CNN(
+                features=model.features,
+                kernel=model.kernel,
+                space_to_depth=model.space_to_depth,
+                padding=model.padding,
+                dense=model.dense,
+                **common,
+            )

@@ -1,8 +1,22 @@
 """Optax from config."""
 
+from typing import Any
+
+import jax
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from flaxmnist import config
+
+# Root mean square of an update by Muon at rate 1, whatever the matrix: about that of Adam, so that one rate serves both
+# (Liu et al. 2025, "Muon is scalable for LLM training").
+MUON_RMS = 0.2
+
+
+def sides(params: Any) -> Any:
+    """Which axes of each parameter are a matrix's inputs and outputs; None for a vector, which Muon leaves to Nadam."""
+    kinds = {2: MuonDimensionNumbers(1, 0), 4: MuonDimensionNumbers((0, 1, 2), 3)}
+    return jax.tree.map(lambda leaf: kinds.get(leaf.ndim), params)
 
 
 def schedule(optimizer: config.Optimizer, updates: int) -> optax.Schedule:
@@ -33,6 +47,15 @@ def make_optimizer(optimizer: config.Optimizer, updates: int) -> optax.GradientT
             update = optax.sgd(rate, momentum or None, nesterov)
         case config.Adam(b1=b1, b2=b2, eps=eps, weight_decay=decay):
             update = optax.adamw(rate, b1, b2, eps, weight_decay=decay) if decay else optax.adam(rate, b1, b2, eps)
+        case config.Muon(momentum=momentum, newton_schulz_steps=count):
+            update = optax.contrib.muon(
+                rate,
+                ns_steps=count,
+                beta=momentum,
+                preconditioning="aol",
+                muon_weight_dimension_numbers=sides,
+                consistent_rms=MUON_RMS,
+            )
     if optimizer.clip_norm is not None:
         update = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), update)
     if optimizer.accumulate > 1:

@@ -1,34 +1,71 @@
-"""The same experiments in PyTorch, to race against. PyTorch is no dependency: install it to use this."""
+"""The same experiments in PyTorch, to race against. PyTorch is no dependency: install it to use this.
 
-from collections.abc import Callable
+It runs in a process of its own, as its users run it: neither then runs on threads or memory that the other set up.
+"""
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flaxmnist import config, layers, order
-from flaxmnist.config import Config
-from flaxmnist.data import Dataset
+from flaxmnist import config, order
+from flaxmnist.config import Config, load_experiment
+from flaxmnist.data import Dataset, load_data
 from flaxmnist.errors import UserError
 
+MODES = ("eager", "compiled")
 
-def trainers(experiment: Config, data: Dataset) -> dict[str, Callable[[int], None]]:
+
+@contextmanager
+def trainers(experiment: Path, data_dir: Path | None) -> Iterator[dict[str, Callable[[int], None]]]:
     """PyTorch's two ways of training ``experiment``, op by op and compiled, as functions of a number of steps.
 
-    Raises UserError where there is no PyTorch.
+    None of them where the optimizer is Muon, which PyTorch has for dense layers only. Raises UserError where there is
+    no PyTorch.
     """
-    try:
-        import torch
-    except ImportError:
-        raise UserError("--peer torch needs PyTorch, which is no dependency: pip install torch") from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    experiment = order.resolve(experiment, len(data.train.labels))
-    return {f"torch {mode}": trainer(experiment, data, mode == "compiled", device) for mode in ("eager", "compiled")}
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("--peer torch needs PyTorch, which is no dependency: pip install torch")
+    if isinstance(load_experiment(experiment).optimizer, config.Muon):
+        yield {}
+        return
+    command = [sys.executable, "-m", "flaxmnist.peer", str(experiment), *([str(data_dir)] if data_dir else [])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        requests, answers = process.stdin, process.stdout
+        assert requests is not None
+        assert answers is not None
+
+        def train(mode: str, count: int) -> None:
+            print(mode, count, file=requests, flush=True)
+            if answers.readline() != "done\n":
+                raise UserError("PyTorch ended; what it says stands above")
+
+        yield {f"torch {mode}": partial(train, mode) for mode in MODES}
+        requests.close()
 
 
-def trainer(experiment: Config, data: Dataset, compiled: bool, device: str) -> Callable[[int], None]:
+def serve(experiment: Path, data_dir: Path | None) -> None:
+    """Trains as each line of standard input says, a mode and a number of steps, and answers each with a line."""
+    config = load_experiment(experiment)
+    data = load_data(config.data, data_dir)
+    config = order.resolve(config, len(data.train.labels))
+    trainers = {mode: trainer(config, data, mode == "compiled") for mode in MODES}
+    for request in sys.stdin:
+        mode, count = request.split()
+        trainers[mode](int(count))
+        print("done", flush=True)
+
+
+def trainer(experiment: Config, data: Dataset, compiled: bool) -> Callable[[int], None]:
     """One way of training ``experiment``: images stay on the device, convolutions are channels-last."""
     import torch
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = make_model(experiment.model, data).to(device=device, memory_format=torch.channels_last)
     optimizer = make_optimizer(experiment.optimizer, model)
     images = torch.from_numpy(np.array(data.train.images)).permute(0, 3, 1, 2).to(device)
@@ -57,6 +94,7 @@ def trainer(experiment: Config, data: Dataset, compiled: bool, device: str) -> C
 
 def make_model(model: config.Model, data: Dataset) -> Any:
     """``model`` as a PyTorch module with its own initial values, which do not matter for speed."""
+    import torch
     from torch import nn
 
     height, width = data.train.images.shape[1:3]
@@ -67,16 +105,16 @@ def make_model(model: config.Model, data: Dataset) -> Any:
             sizes = [height * width, *hidden]
             inner = [part for pair in zip(sizes, hidden, strict=False) for part in (nn.Linear(*pair), nn.ReLU())]
             return nn.Sequential(nn.Flatten(), *inner, nn.Linear(sizes[-1], data.classes))
-        case config.CNN(features=features, kernel=kernel, padding=padding, dense=dense, dropout=rate):
-            parts: list[Any] = []
-            channels = 1
-            for outputs in features:
-                parts += [nn.Conv2d(channels, outputs, kernel, padding=padding.lower()), nn.ReLU()]
+        case config.CNN(features=features, kernel=kernel, dense=dense):
+            parts: list[Any] = [nn.PixelUnshuffle(model.space_to_depth)] if model.space_to_depth > 1 else []
+            for number, outputs in enumerate(features):
+                side = kernel[number % len(kernel)]
+                parts += [nn.LazyConv2d(outputs, side, padding=model.padding.lower()), nn.ReLU()]
                 parts += [nn.MaxPool2d(2, ceil_mode=True)]
-                channels = outputs
-                height, width = (-(-layers.output_size(side, kernel, padding) // 2) for side in (height, width))
-            head = [nn.Linear(height * width * channels, dense), nn.ReLU(), nn.Dropout(rate)]
-            return nn.Sequential(*parts, nn.Flatten(), *head, nn.Linear(dense, data.classes))
+            parts += [nn.Flatten(), nn.LazyLinear(dense), nn.ReLU(), nn.Dropout(model.dropout)]
+            network = nn.Sequential(*parts, nn.Linear(dense, data.classes))
+            network(torch.zeros(1, 1, height, width))
+            return network
 
 
 def make_optimizer(optimizer: config.Optimizer, model: Any) -> Any:
@@ -89,3 +127,9 @@ def make_optimizer(optimizer: config.Optimizer, model: Any) -> Any:
         case config.Adam(learning_rate=rate, b1=b1, b2=b2, eps=eps, weight_decay=decay):
             kind = torch.optim.AdamW if decay else torch.optim.Adam
             return kind(model.parameters(), rate, (b1, b2), eps, decay, fused=True)
+        case config.Muon():
+            raise NotImplementedError("PyTorch's Muon takes no kernels of convolutions")
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), Path(sys.argv[2]) if sys.argv[2:] else None)

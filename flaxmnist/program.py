@@ -1,10 +1,13 @@
 """The one place that compiles training."""
 
+import functools
+import os
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -17,10 +20,26 @@ from flaxmnist.state import Metrics, TrainState
 LONGEST = 1000
 
 
+def keep_programs() -> None:
+    """Lets a process find the programs that earlier ones compiled, on GPU and TPU, by version and device.
+
+    They lie in ``JAX_COMPILATION_CACHE_DIR``, or ~/.cache/flaxmnist. Not on CPU, where kept programs were refused and
+    have crashed.
+    """
+    if jax.default_backend() != "cpu":
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/flaxmnist"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
 def first_state(config: Config, data: Dataset, mesh: Mesh) -> TrainState:
     """The state before the first step, whole on every device."""
-    create = partial(steps.create_state, config, data.train.images.shape[1:3], data.classes)
-    return jax.jit(create, out_shardings=parallel.whole(mesh))()
+    return _creation(config, data.train.images.shape[1:3], data.classes, mesh)()
+
+
+@functools.lru_cache(maxsize=2)
+def _creation(config: Config, shape: tuple[int, int], classes: int, mesh: Mesh) -> Callable[[], TrainState]:
+    return jax.jit(partial(steps.create_state, config, shape, classes), out_shardings=parallel.whole(mesh))
 
 
 def place(split: Split, mesh: Mesh) -> Split:
@@ -57,4 +76,4 @@ class Program:
 @partial(jax.jit, static_argnums=0)
 def train_logits(config: Config, state: TrainState, images: Array) -> Float[Array, "b classes"]:
     """The logits that the next step would see for ``images``, with its dropout and augmentation."""
-    return steps.train_logits(config, nnx.merge(state.graphdef, state.params), images, state.step)
+    return steps.train_logits(config, state.graphdef, state.params, images, state.step)

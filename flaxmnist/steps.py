@@ -5,6 +5,7 @@ Nothing here compiles, shards, donates or prints. ``config`` is static, everythi
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,22 +49,27 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def train_logits(
-    config: Config, model: nnx.Module, images: UInt8[Array, "b h w 1"], step: int | Int[Array, ""]
+    config: Config, graphdef: nnx.GraphDef, params: Any, images: UInt8[Array, "b h w 1"], step: int | Int[Array, ""]
 ) -> Float[Array, "b classes"]:
-    """The logits of a training step: on augmented images, with dropout."""
-    x = augment(config.data.augment, stream_key(config.seed, "augment", step), layers.normalise(images))
-    rate = config.model.dropout
+    """The logits of a training step: on augmented images, with dropout, computed in ``train.compute_dtype``."""
+    dtype, rate = config.train.compute_dtype, config.model.dropout
+    model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
+    x = augment(config.data.augment, stream_key(config.seed, "augment", step), layers.normalise(images)).astype(dtype)
     if isinstance(rate, float | int) and rate == 0:
-        return model(x)
+        return model(x).astype(jnp.float32)
     key, layer = stream_key(config.seed, "dropout", step), itertools.count()
-    return model(x, dropout=lambda values: layers.dropout(values, rate, jax.random.fold_in(key, next(layer))))
+
+    def drop(values):
+        return layers.dropout(values, rate, jax.random.fold_in(key, next(layer)))
+
+    return model(x, dropout=drop).astype(jnp.float32)
 
 
 def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One update by the mean gradient of the batch, and what was seen before it."""
 
     def loss(params):
-        logits = train_logits(config, nnx.merge(state.graphdef, params), batch.images, state.step)
+        logits = train_logits(config, state.graphdef, params, batch.images, state.step)
         # A filling image must reach neither sum nor gradient, even where its own loss is not finite.
         logits = jnp.where(batch.weights[:, None] > 0, logits, 0)
         losses = objective.cross_entropy(config.objective, logits, batch.labels)

@@ -1,4 +1,4 @@
-"""Measures speed: python launch/benchmark.py [NAME…] [--json FILE] [--peer torch] [--plot FILE.png] [--data-dir DIR]"""
+"""Measures speed: python launch/benchmark.py [NAME…] [--json FILE] [--peer torch] [--runs N] [--plot FILE.png] …"""
 
 import json
 import sys
@@ -19,6 +19,7 @@ class Arguments:
     names: tyro.conf.Positional[tuple[str, ...]] = SYSTEMS  # experiments, by the names of their files
     json: Path | None = None  # write the figures to this file, as a list of objects
     peer: Literal["torch"] | None = None  # race against the same systems in PyTorch, which must be installed
+    runs: int = 0  # train each experiment whole so many times, seeds 0, 1, …: seconds, and test accuracies
     plot: Path | None = None  # draw a bar chart into this file
     data_dir: Path | None = None  # where data sets lie; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
 
@@ -26,8 +27,10 @@ class Arguments:
 def benchmark(arguments: Arguments) -> None:
     """Prints a table, and writes what was asked for."""
     experiments = [Path(__file__).parent.parent / f"experiments/{name}.py" for name in arguments.names]
-    results = [benchmarks.run(path, arguments.data_dir, arguments.peer) for path in experiments]
+    results = [benchmarks.run(path, arguments.data_dir, arguments.peer, arguments.runs) for path in experiments]
     print(benchmarks.report(results))
+    if arguments.runs:
+        print(f"\n{benchmarks.runs_report(results)}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     if arguments.plot is not None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from flaxmnist import inspection, trained
+from flaxmnist import inspection, program, trained
 from flaxmnist.errors import exit_code
 
 
@@ -21,6 +21,7 @@ class Arguments:
 
 def evaluate(arguments: Arguments) -> None:
     """Prints loss, accuracy and what became of each class."""
+    program.keep_programs()
     seen = trained.evaluate_run(arguments.workdir, arguments.step, arguments.split, arguments.data_dir)
     print(inspection.class_report(seen))
 

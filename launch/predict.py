@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from flaxmnist import trained
+from flaxmnist import program, trained
 from flaxmnist.errors import exit_code
 
 
@@ -21,6 +21,7 @@ class Arguments:
 
 def predict(arguments: Arguments) -> None:
     """Prints the class of each image and the probabilities of all classes."""
+    program.keep_programs()
     for file, answer, probabilities in trained.predict_files(arguments.workdir, arguments.images, arguments.step):
         if arguments.json:
             print(json.dumps({"file": str(file), "class": answer, "probabilities": probabilities}))

@@ -12,7 +12,7 @@ from typing import Annotated, Literal  # noqa: E402
 import tyro  # noqa: E402
 
 import flaxmnist as fm  # noqa: E402
-from flaxmnist import folders, inspection, logs, results, signals  # noqa: E402
+from flaxmnist import folders, inspection, logs, program, results, signals  # noqa: E402
 from flaxmnist.errors import BelowTarget, UserError, exit_code  # noqa: E402
 
 
@@ -65,6 +65,7 @@ def train(arguments: Arguments, clock: logs.Clock) -> None:
     if arguments.print_config:
         print(inspection.describe(config, data))
         return
+    program.keep_programs()
     workdir = arguments.workdir or folders.fresh(config.name)
     with signals.stop_on_signals() as stop:
         run = fm.fit(

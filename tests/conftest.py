@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 MODELS = {
     "softmax": Softmax(),
     "mlp": MLP(hidden=(32,)),
-    "cnn": CNN(features=(4, 8), kernel=3, dense=16),
+    "cnn": CNN(features=(4, 8), kernel=(3,), dense=16),
 }
 
 

@@ -1,17 +1,24 @@
 """The benchmark runs, and its numbers fit together. How large they are is for the benchmark to say."""
 
+import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 from conftest import ROOT, small
 from PIL import Image
 
-from flaxmnist import benchmarks, inspection, order
+from flaxmnist import benchmarks, inspection, order, peer, steps
+from flaxmnist.config import load_experiment
+from flaxmnist.errors import UserError
+from flaxmnist.runs import fit
 
 
 @pytest.fixture
@@ -21,7 +28,7 @@ def brief(monkeypatch):
     monkeypatch.setattr(benchmarks, "ROUNDS", 2)
     monkeypatch.setattr(benchmarks, "MATRIX", 64)
     make_mesh = benchmarks.parallel.make_mesh
-    monkeypatch.setattr(benchmarks.parallel, "make_mesh", lambda: make_mesh(1))
+    monkeypatch.setattr(benchmarks.parallel, "make_mesh", lambda devices=1: make_mesh(devices))
 
 
 def test_the_figures_of_an_experiment_fit_together(brief, few, tmp_path):
@@ -65,6 +72,56 @@ def test_the_path_measured_is_that_of_a_run(brief, few, monkeypatch):
     assert starts == sorted(starts)
     assert starts[0] == 0
     assert jax.device_count() == 8
+
+
+def test_a_slow_first_step_does_not_shorten_what_is_timed(brief):
+    calls = []
+
+    def train(count):
+        time.sleep(0.001 * count if calls else 0.2)
+        calls.append(count)
+
+    (speeds,) = benchmarks.race({"compiling": train}).values()
+    assert min(calls[-2:]) > 3
+    assert min(speeds) > 100
+
+
+def test_whole_runs_are_those_of_fit(brief, few):
+    """The same seeds give the same accuracies, to the last image, as training by ``fit`` does."""
+    config = small("mlp", steps=30)
+    result = benchmarks.whole_runs(config, few, 2)
+    runs = [fit(replace(config, seed=seed), few, devices=1).result["test_accuracy"] for seed in range(2)]
+    assert result["test_accuracy"] == runs
+    assert min(result["seconds"]) > 0
+    head, row = benchmarks.runs_report([{"name": "small", "runs": result}]).splitlines()
+    assert f"{np.mean(runs):.3%}" in row
+    assert len(head) == len(row)
+
+
+def test_a_peer_trains_as_it_is_told(monkeypatch, capsys):
+    """Each line a mode and a number of steps; each answered once it is done."""
+    done = []
+    monkeypatch.setattr(peer, "trainer", lambda config, data, compiled: lambda count: done.append((compiled, count)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("eager 3\ncompiled 20\n"))
+    peer.serve(ROOT / "experiments/quickstart.py", None)
+    assert done == [(False, 3), (True, 20)]
+    assert capsys.readouterr().out == "done\ndone\n"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is here")
+def test_a_missing_peer_is_named():
+    with pytest.raises(UserError, match="pip install torch"):
+        benchmarks.run(ROOT / "experiments/quickstart.py", None, "torch", 0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
+@pytest.mark.parametrize("name", ["quickstart", "softmax_beginners", "mlp_scratch", "record"])
+def test_pytorch_trains_the_same_models(name, few):
+    config = order.resolve(load_experiment(ROOT / f"experiments/{name}.py"), len(few.train.labels))
+    peer.trainer(config, few, compiled=False)(2)
+    network = peer.make_model(config.model, few)
+    params = steps.create_state(config, (28, 28), 10).params
+    assert sum(p.numel() for p in network.parameters()) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ WRONG = {
     "optimizer.nesterov needs": lambda: small(optimizer=SGD(nesterov=True)),
     "optimizer.b2 must lie in": lambda: small(optimizer=Adam(b2=1.0)),
     "optimizer.schedule.peak must lie in (0, 1)": lambda: small(optimizer=SGD(schedule=config.OneCycle(peak=0.0))),
-    "optimizer must be SGD or Adam, but is Softmax": lambda: small(optimizer=Softmax()),
+    "optimizer must be SGD or Adam or Muon, but is Softmax": lambda: small(optimizer=Softmax()),
     "model.hidden must be a tuple of int": lambda: small(MLP(hidden=[3])),
     "model.hidden must be units of at least 1": lambda: small(MLP(hidden=(0,))),
     "model.features must be at least one": lambda: small(CNN(features=())),
@@ -83,7 +83,7 @@ def test_json_that_no_config_wrote_is_refused():
     written = fields.to_json(small())
     for change, message in [
         ({"speed": 1}, "the config has unknown field 'speed'"),
-        ({"optimizer": {"kind": "Adagrad"}}, "optimizer.kind must be one of SGD, Adam, but is 'Adagrad'"),
+        ({"optimizer": {"kind": "Adagrad"}}, "optimizer.kind must be one of SGD, Adam, Muon, but is 'Adagrad'"),
         ({"model": 3}, "model must be an object, but is 3"),
         ({"seed": "x"}, "seed must be int"),
     ]:

@@ -34,7 +34,7 @@ def test_a_hopeless_answer_has_a_finite_loss():
 
 
 def test_predict_gives_classes_and_probabilities(digits):
-    model = fm.CNN(features=(2,), kernel=3, dense=8, rngs=nnx.Rngs(0))
+    model = fm.CNN(features=(2,), kernel=(3,), dense=8, rngs=nnx.Rngs(0))
     classes, probabilities = fm.predict(model, digits.test.images[:7])
     assert classes.shape == (7,)
     assert probabilities.shape == (7, 10)

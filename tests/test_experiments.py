@@ -55,7 +55,8 @@ def test_every_experiment_trains_a_step_and_predicts(name, few):
 BASES = {
     "softmax": small(Softmax(), optimizer=SGD(momentum=0.5, schedule=config.Cosine())),
     "mlp": small(MLP(hidden=(8,)), optimizer=Adam(schedule=config.OneCycle()), evaluate_every=2),
-    "cnn": small(CNN(features=(2,), kernel=3, dense=8), optimizer=SGD(schedule=config.Exponential())),
+    "cnn": small(CNN(features=(2,), kernel=(3,), dense=8), optimizer=SGD(schedule=config.Exponential())),
+    "muon": small(MLP(hidden=(8,)), optimizer=config.Muon()),
 }
 CHANGES = {
     "softmax": {
@@ -85,6 +86,7 @@ CHANGES = {
         "train.steps": 5,
         "train.log_every": 2,
         "train.evaluate_every": 3,
+        "train.compute_dtype": "bfloat16",
         "train.ema_decay": 0.9,
         "train.report": "batch_accuracy",
     },
@@ -108,7 +110,8 @@ CHANGES = {
     },
     "cnn": {
         "model.features": (2, 2),
-        "model.kernel": 5,
+        "model.kernel": (5,),
+        "model.space_to_depth": 2,
         "model.padding": "VALID",
         "model.dense": 9,
         "model.dropout": 0.5,
@@ -117,6 +120,13 @@ CHANGES = {
         "model.bias_init.value": 0.1,
         "optimizer.schedule.decay": 0.5,
         "optimizer.schedule.every": 2,
+    },
+    "muon": {
+        "optimizer.learning_rate": 0.1,
+        "optimizer.momentum": 0.5,
+        "optimizer.newton_schulz_steps": 2,
+        "optimizer.clip_norm": 0.01,
+        "optimizer.accumulate": 2,
     },
 }
 # Fields seen elsewhere: in which data are loaded, what a run folder keeps, which arithmetic a loss takes.

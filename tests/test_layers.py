@@ -52,6 +52,33 @@ def test_convolve_and_its_gradients_are_those_of_lax(size, window, padding, stri
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_the_kernel_gradient_of_accelerators_is_that_of_cpu(monkeypatch, getkey):
+    """On CPU it is summed by groups of images, elsewhere at once; here both are run on CPU."""
+    x, kernel = jax.random.normal(getkey(), (25, 8, 8, 2)), jax.random.normal(getkey(), (3, 3, 2, 4))
+
+    def gradient():
+        return jax.grad(lambda kernel: jnp.sum(layers.convolve(x, kernel, "SAME") ** 2))(kernel)
+
+    by_groups = gradient()
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays))
+    np.testing.assert_allclose(gradient(), by_groups, rtol=1e-4, atol=1e-3)
+
+
+def test_pooling_before_the_bias_gives_what_pooling_after_it_does(getkey):
+    conv = layers.Conv(2, 3, 3, bias_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(0))
+    x = jax.random.normal(getkey(), (2, 7, 7, 2))
+    np.testing.assert_array_equal(conv(x, pool=True), layers.max_pool(conv(x)))
+
+
+def test_space_to_depth_keeps_each_block_in_one_pixel():
+    image = jnp.arange(20.0).reshape(1, 4, 5, 1)
+    blocks = layers.space_to_depth(image, 2)
+    assert blocks.shape == (1, 2, 3, 4)
+    np.testing.assert_array_equal(blocks[0, 0, 0], [0, 1, 5, 6])
+    np.testing.assert_array_equal(blocks[0, 1, 2], [14, 0, 19, 0])
+    np.testing.assert_array_equal(layers.space_to_depth(image, 1), image)
+
+
 def test_gradient_of_a_convolution_counts_every_image_once(getkey):
     """The gradient of the kernel is summed in ten groups, whether or not ten divides the batch."""
     kernel = jnp.zeros((3, 3, 1, 1))

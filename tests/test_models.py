@@ -24,15 +24,23 @@ def test_modules_work_as_they_are(model, getkey):
     np.testing.assert_allclose(model(rngs=nnx.Rngs(0))(images / 255), logits, rtol=1e-5, atol=1e-5)
 
 
+OTHER_CNNS = [
+    config.CNN(features=(3, 3), padding="VALID", dense=5),
+    config.CNN(features=(3, 3), kernel=(5, 3), dense=5, space_to_depth=3),
+]
+
+
 @pytest.mark.parametrize(("shape", "classes"), [((28, 28), 10), ((20, 31), 47)])
-@pytest.mark.parametrize("model", [*MODELS.values(), config.CNN(features=(3, 3), padding="VALID", dense=5)])
+@pytest.mark.parametrize("model", [*MODELS.values(), *OTHER_CNNS])
 def test_any_shape_and_number_of_classes(model, shape, classes):
     network = models.make_model(model, shape, classes, nnx.Rngs(0))
     assert network(jnp.zeros((2, *shape, 1))).shape == (2, classes)
 
 
 def test_a_model_that_leaves_no_pixel_is_refused():
-    with pytest.raises(UserError, match=r"no pixel left of 28×28 after 3 convolutions 5×5 VALID"):
+    with pytest.raises(
+        UserError, match=r"no pixel left of 28×28 after 3 convolutions VALID of kernels \(5, 5, 5\) and pools"
+    ):
         models.make_model(config.CNN(features=(2, 2, 2), padding="VALID"), (28, 28), 10, nnx.Rngs(0))
 
 

@@ -46,6 +46,22 @@ def test_adam(decay):
     np.testing.assert_allclose(train(adam), params, rtol=1e-5)
 
 
+def test_muon_moves_matrices_alike_in_all_directions_and_vectors_by_nadam():
+    """Singular values far apart come out alike, at the same root mean square for every shape."""
+    left, right = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 4)))[0], np.eye(4)
+    gradients = {"dense": left.T * [[8.0], [4.0], [2.0], [1.0]], "bias": np.array([3.0, -0.5])}
+    gradients["kernel"] = (left @ np.diag([8.0, 4.0, 2.0, 1.0]) @ right).reshape(2, 2, 3, 4)
+    gradients = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), gradients)
+    transformation = make_optimizer(config.Muon(learning_rate=0.1), 1)
+    change, _ = transformation.update(gradients, transformation.init(gradients), gradients)
+    for matrix in (change["dense"], change["kernel"].reshape(12, 4)):
+        values = np.linalg.svd(matrix, compute_uv=False) / (0.1 * 0.2 * np.sqrt(12))
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+    step = 0.1 * (0.9 * 0.1 / (1 - 0.9**2) + 1)  # Nadam's first
+    np.testing.assert_allclose(change["bias"], [-step, step], rtol=1e-4)
+
+
 def test_clipping_shortens_the_gradient_and_keeps_its_direction():
     clipped = [g * min(1, 1 / np.linalg.norm(g)) for g in GRADIENTS]
     np.testing.assert_allclose(train(config.SGD(learning_rate=0.1, clip_norm=1.0)), 1 - 0.1 * sum(clipped), rtol=1e-6)

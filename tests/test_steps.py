@@ -122,11 +122,25 @@ def test_streams_and_steps_have_keys_of_their_own():
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_computes_what_float32_does_but_for_rounding(name, few):
+    """Logits to 2 %; parameters, and so their sums of small updates, stay float32."""
+    config = small(name)
+    short = replace(config, train=replace(config.train, compute_dtype="bfloat16"))
+    state, images = steps.create_state(config, (28, 28), 10), jnp.asarray(few.train.images[:8])
+    state = replace(state, params=jax.tree.map(lambda leaf: leaf + 0.01, state.params))
+    exact, rounded = (steps.train_logits(each, state.graphdef, state.params, images, 0) for each in (config, short))
+    assert rounded.dtype == jnp.float32
+    assert 0 < jnp.abs(rounded - exact).max() < 0.02 * jnp.abs(exact).max()
+    after, _ = steps.train_step(short, state, steps.take_batch(*map(jnp.asarray, few.train), jnp.arange(8)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
+
+
 def test_dropout_changes_with_the_step_and_the_seed(few):
     config = replace(small("mlp"), model=replace(MODELS["mlp"], dropout=0.5))
     state, images = steps.create_state(config, (28, 28), 10), jnp.asarray(few.train.images[:4])
     logits = [
-        steps.train_logits(replace(config, seed=seed), state.model, images, step).tolist()
+        steps.train_logits(replace(config, seed=seed), state.graphdef, state.params, images, step).tolist()
         for seed in (0, 1)
         for step in (0, 1)
     ]
