@@ -38,9 +38,9 @@ def our_trainer(config: Config, data: Dataset) -> tuple[Callable[[int], None], f
     """The training path of ``fit`` on all devices, as a function of a number of steps; the seconds to compile it."""
     mesh = parallel.make_mesh()
     parallel.check_batch(config.train.batch_size, mesh)
-    state = program.first_state(config, data, mesh)
+    state, train = program.first_state(config, data, mesh), program.place(data.train, mesh)
     began = time.perf_counter()
-    compiled = program.Program(config, state, program.place(data.train, mesh), mesh)
+    compiled = program.Program(config, state, train, mesh)
     compile_seconds = time.perf_counter() - began
     done = 0
 
@@ -148,38 +148,31 @@ def run(experiment: Path, data_dir: Path | None, beside: Literal["torch"] | None
 
 
 def report(results: list[dict[str, Any]]) -> str:
-    """The results as a table."""
-    rows: list[tuple[str, ...]] = [
-        (
-            "experiment",
-            "batch",
-            "steps/s",
-            "images/s",
-            "compile s",
-            "GFLOP/s",
-            "of peak",
-            "evaluated/s",
-            "start s",
-            "× peer",
-        )
+    """The results as two tables: speed, and what is spent before the first step is done."""
+    speeds: list[tuple[str, ...]] = [
+        ("experiment", "batch", "steps/s", "images/s", "GFLOP/s", "of peak", "evaluated/s", "× peer")
+    ]
+    beginnings: list[tuple[str, ...]] = [
+        ("seconds to the first step", "import", "data", "compile", "step", "all", "GFLOP a step", "peak memory")
     ]
     for result in results:
-        ratio = result.get("ratio_to_peer")
-        rows.append(
+        ratio, parts = result.get("ratio_to_peer"), result["start_up_seconds"]
+        speeds.append(
             (
                 result["name"],
                 str(result["batch_size"]),
                 f"{result['steps_per_second']:,.1f}",
                 f"{result['images_per_second']:,.0f}",
-                f"{result['compile_seconds']:.1f}",
                 f"{result['gflops_per_second']:,.1f}",
                 f"{result['share_of_peak']:.0%}",
                 f"{result['evaluate_images_per_second']:,.0f}",
-                f"{result['start_up_seconds']['first_step']:.1f}",
                 "" if ratio is None else f"{ratio:.2f}",
             )
         )
-    return inspection.table(rows)
+        seconds = (f"{parts[name]:.2f}" for name in ("import", "data", "compile", "train", "first_step"))
+        memory = inspection.megabytes(result["peak_memory_bytes"])
+        beginnings.append((result["name"], *seconds, f"{result['gflop_per_step']:.3g}", memory))
+    return f"{inspection.table(speeds)}\n\n{inspection.table(beginnings)}"
 
 
 def runs_report(results: list[dict[str, Any]]) -> str:
@@ -217,7 +210,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(name for each in speeds for name in each))
     figure, axes = pyplot.subplots(figsize=(1.5 + 1.4 * len(results), 4), layout="constrained")
     for number, name in enumerate(names):
-        heights = [result["batch_size"] * each.get(name, 0) for result, each in zip(results, speeds, strict=True)]
+        heights = [result["batch_size"] * each.get(name, np.nan) for result, each in zip(results, speeds, strict=True)]
         places = np.arange(len(results)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
         axes.bar_label(axes.bar(places, heights, 0.8 / len(names), label=name), fmt="{:,.0f}", fontsize=7)
     axes.set_xticks(range(len(results)), [result["name"] for result in results])

@@ -43,10 +43,11 @@ def test_the_figures_of_an_experiment_fit_together(brief, few, tmp_path):
     assert set(result["peer_steps_per_second"]) == {"slow", "quick"}
     assert 0 < result["ratio_to_peer"] < 1, "it is the quicker peer that counts"
 
-    result["start_up_seconds"] = {"first_step": 1.0}
-    head, row = benchmarks.report([result]).splitlines()
-    assert len(head) == len(row)
+    result["start_up_seconds"] = dict.fromkeys(("import", "data", "compile", "train"), 0.25) | {"first_step": 1.0}
+    head, row, _, second_head, second_row = benchmarks.report([result]).splitlines()
+    assert (len(head), len(second_head)) == (len(row), len(second_row))
     assert f"{result['steps_per_second']:,.1f}" in row
+    assert "0.25  1.00" in second_row
     benchmarks.draw([result, result], tmp_path / "bars.png")
     with Image.open(tmp_path / "bars.png") as picture:
         assert min(picture.size) > 300

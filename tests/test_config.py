@@ -59,6 +59,8 @@ WRONG = {
     "optimizer must be SGD or Adam or Muon, but is Softmax": lambda: small(optimizer=Softmax()),
     "model.hidden must be a tuple of int": lambda: small(MLP(hidden=[3])),
     "model.hidden must be units of at least 1": lambda: small(MLP(hidden=(0,))),
+    "model.kernel must be sides": lambda: small(CNN(features=(2, 2, 2), kernel=(5, 3))),
+    "optimizer.newton_schulz_steps must lie in [1, 20]": lambda: small(optimizer=config.Muon(newton_schulz_steps=0)),
     "model.features must be at least one": lambda: small(CNN(features=())),
     "model.padding must be 'SAME' or 'VALID', but is 'same'": lambda: small(CNN(padding="same")),
     "model.dropout must lie in [0, 1), but is 1.0": lambda: small(CNN(dropout=1.0)),
