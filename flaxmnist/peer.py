@@ -7,7 +7,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,10 @@ def trainers(experiment: Path, data_dir: Path | None) -> Iterator[dict[str, Call
         assert answers is not None
 
         def train(mode: str, count: int) -> None:
-            print(mode, count, file=requests, flush=True)
+            with suppress(BrokenPipeError):
+                print(mode, count, file=requests, flush=True)
             if answers.readline() != "done\n":
-                raise UserError("PyTorch ended; what it says stands above")
+                raise UserError("the process of PyTorch ended: what it said last stands above")
 
         yield {f"torch {mode}": partial(train, mode) for mode in MODES}
         requests.close()

@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from flaxmnist import benchmarks
-from flaxmnist.errors import exit_code
+from flaxmnist.errors import UserError, exit_code
 
 SYSTEMS = ("softmax_beginners", "softmax_epochs", "mlp_scratch", "cnn_experts", "cnn_layers")
 
@@ -26,6 +26,11 @@ class Arguments:
 
 def benchmark(arguments: Arguments) -> None:
     """Prints a table, and writes what was asked for."""
+    for path in (arguments.json, arguments.plot):
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if arguments.runs < 0:
+        raise UserError(f"--runs is a number from 0 on, but is {arguments.runs}")
     experiments = [Path(__file__).parent.parent / f"experiments/{name}.py" for name in arguments.names]
     results = [benchmarks.run(path, arguments.data_dir, arguments.peer, arguments.runs) for path in experiments]
     print(benchmarks.report(results))

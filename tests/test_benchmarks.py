@@ -4,10 +4,12 @@ import importlib.util
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,6 +21,8 @@ from flaxmnist import benchmarks, inspection, order, peer, steps
 from flaxmnist.config import load_experiment
 from flaxmnist.errors import UserError
 from flaxmnist.runs import fit
+
+launch = SimpleNamespace(**runpy.run_path(str(ROOT / "launch/benchmark.py")))
 
 
 @pytest.fixture
@@ -141,8 +145,14 @@ def test_the_command(tmp_path):
     assert (tmp_path / "bars.png").exists()
 
 
-def test_an_experiment_that_is_not_there_is_named():
-    command = [sys.executable, ROOT / "launch/benchmark.py", "nothing"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert "no experiment file" in ended.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "no experiment file"),
+        (["--json", "nowhere/figures.json"], "there is no folder nowhere"),
+        (["--runs", "-1"], "--runs is a number from 0 on"),
+    ],
+)
+def test_what_the_caller_can_mend_is_said_before_anything_is_measured(arguments, message, capsys):
+    assert launch.main(arguments) == 2
+    assert message in capsys.readouterr().err
