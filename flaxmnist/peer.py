@@ -119,7 +119,7 @@ def make_model(model: config.Model, data: Dataset) -> Any:
 
 
 def make_optimizer(optimizer: config.Optimizer, model: Any) -> Any:
-    """``optimizer`` in PyTorch, in its fused form, at its full rate."""
+    """``optimizer``, SGD or Adam, in PyTorch, in its fused form, at its full rate."""
     import torch
 
     match optimizer:
@@ -128,8 +128,6 @@ def make_optimizer(optimizer: config.Optimizer, model: Any) -> Any:
         case config.Adam(learning_rate=rate, b1=b1, b2=b2, eps=eps, weight_decay=decay):
             kind = torch.optim.AdamW if decay else torch.optim.Adam
             return kind(model.parameters(), rate, (b1, b2), eps, decay, fused=True)
-        case config.Muon():
-            raise NotImplementedError("PyTorch's Muon takes no kernels of convolutions")
 
 
 if __name__ == "__main__":
