@@ -113,6 +113,16 @@ def test_a_peer_trains_as_it_is_told(monkeypatch, capsys):
     assert capsys.readouterr().out == "done\ndone\n"
 
 
+def test_accelerators_start_cold_and_then_warm(monkeypatch):
+    """Twice with one folder for compiled programs, which is empty at first; on CPU once, with none."""
+    monkeypatch.setattr(benchmarks, "start_up", lambda experiment, data_dir, environment: environment)
+    assert benchmarks.start_ups(ROOT, None) == {"start_up_seconds": {}}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    cold, warm = benchmarks.start_ups(ROOT, None).values()
+    assert cold == warm
+    assert set(cold) == {"JAX_COMPILATION_CACHE_DIR"}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is here")
 def test_a_missing_peer_is_named():
     with pytest.raises(UserError, match="pip install torch"):
