@@ -9,10 +9,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
+from flaxmnist import parallel
 from flaxmnist.errors import UserError
 from flaxmnist.layers import Images
 
-# Images in one forward pass: enough for the fast kernels, few enough that a CNN's activations stay in the cache.
+# Images of a device in one forward pass: enough for fast kernels, few enough that a CNN's activations stay in cache.
 FORWARD_BATCH = 250
 
 
@@ -38,15 +39,25 @@ _forward = partial(jax.jit, static_argnums=0)(forward)
 
 
 def predict_logits(model: nnx.Module, images: Images) -> Float[np.ndarray, "n classes"]:
-    """The logits of each image, without dropout, for any number of images from 1 on."""
+    """The logits of each image, without dropout, for any number of images from 1 on.
+
+    The work is spread over the devices that the model's weights lie on.
+    """
     if len(images) == 0:
         raise UserError("there are no images to predict")
     graphdef, params = nnx.split(model)
-    size = min(FORWARD_BATCH, len(images))
+    mesh = parallel.mesh_of(params)
+    parts = 1 if mesh is None else mesh.shape[parallel.BATCH]
+    size = parts * min(FORWARD_BATCH, -(-len(images) // parts))
     # The last batch is filled up with the last image, and what comes of that is cut off again.
     indices = np.minimum(np.arange(len(images) + -len(images) % size, dtype=np.int32), len(images) - 1)
-    answers = np.asarray(_forward(graphdef, params, images, indices.reshape(-1, size)))
-    return answers.reshape(len(indices), -1)[: len(images)]
+    indices = indices.reshape(-1, size)
+    if mesh is None:
+        answers = _forward(graphdef, params, images, indices)
+    else:
+        placed = parallel.put(images, parallel.whole(mesh)), parallel.put(indices, parallel.split_columns(mesh))
+        answers = parallel.gather(_forward(graphdef, params, *placed), mesh)
+    return np.asarray(answers).reshape(indices.size, -1)[: len(images)]
 
 
 def log_softmax(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:

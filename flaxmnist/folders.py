@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from flaxmnist import fields
@@ -39,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def describe(config: Config, data: Dataset, mesh: Mesh, experiment: str | Path | None) -> dict[str, Any]:
+def describe(config: Config, data: Dataset, mesh: Mesh, backend: str, experiment: str | Path | None) -> dict[str, Any]:
     """What ``config.json`` holds."""
     sizes = {name: 0 if split is None else len(split.labels) for name, split in data.splits().items()}
     return {
@@ -48,7 +49,13 @@ def describe(config: Config, data: Dataset, mesh: Mesh, experiment: str | Path |
         "command": sys.argv,
         "git_commit": git_commit(),
         "versions": versions(),
-        "devices": {"count": mesh.size, "kind": mesh.devices.flat[0].device_kind},
+        "devices": {
+            "count": mesh.size,
+            "kind": mesh.devices.flat[0].device_kind,
+            "processes": jax.process_count(),
+            "backend": backend,
+            "mesh": dict(mesh.shape),
+        },
         "data": {
             "name": data.name,
             "source": data.source,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.nn import initializers
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from flaxmnist import config
 
@@ -219,8 +219,21 @@ def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     return x.reshape(b, -(-h // 2), 2, -(-w // 2), 2, c).max(axis=(2, 4))
 
 
-def dropout(x: Float[Array, "..."], rate: float | Float[Array, ""], key: PRNGKeyArray) -> Float[Array, "..."]:
-    """Each value set to 0 with probability ``rate``, the others divided by 1 − rate (Srivastava et al. 2014)."""
-    # Drawn flat: on CPU, random numbers of several axes take twice as long to draw and to compile.
-    kept = jax.random.bernoulli(key, 1 - rate, (x.size,)).reshape(x.shape)
-    return jnp.where(kept, x / (1 - rate), 0)
+def dropout(
+    x: Float[Array, "b ..."],
+    rate: float | Float[Array, ""],
+    key: PRNGKeyArray,
+    *,
+    part: int | Int[Array, ""] = 0,
+    parts: int = 1,
+) -> Float[Array, "b ..."]:
+    """Each value set to 0 with probability ``rate``, the others divided by 1 − rate (Srivastava et al. 2014).
+
+    Where ``x`` is one of several equal ``parts`` of a batch, ``part`` says which, and what is kept is what would be
+    kept of the whole batch.
+    """
+    # Drawn flat: on CPU, random numbers of several axes take twice as long to draw and to compile. Each number depends
+    # on its place alone, so that XLA draws no more than the part.
+    kept = jax.random.bernoulli(key, 1 - rate, (parts * x.size,))
+    kept = jax.lax.dynamic_slice(kept, (part * x.size,), (x.size,)) if parts > 1 else kept
+    return jnp.where(kept.reshape(x.shape), x / (1 - rate), 0)

@@ -89,11 +89,14 @@ def read_records(path: Path, size: int | None = None) -> list[dict[str, Any]]:
 class Records:
     """The records of a run in memory and, where there is a file, one JSON line each in ``metrics.jsonl``."""
 
-    def __init__(self, path: Path | None, size: int = 0):
-        """Goes on behind the first ``size`` bytes of ``path``; what lies beyond them is cut off."""
+    def __init__(self, path: Path | None, size: int = 0, *, write: bool = True):
+        """Goes on behind the first ``size`` bytes of ``path``; what lies beyond them is cut off.
+
+        Without ``write``, the records are read there and kept in memory alone.
+        """
         self.history = [] if path is None or size == 0 else read_records(path, size)
         self.file = None
-        if path is not None:
+        if path is not None and write:
             self.file = path.open("ab")
             self.file.truncate(size)
 

@@ -49,6 +49,7 @@ def result_of(
     config: Config,
     state: TrainState,
     mesh: Mesh,
+    backend: str,
     clock: Clock,
     *,
     epochs: float,
@@ -61,7 +62,7 @@ def result_of(
     return {
         "experiment": config.name,
         "seed": config.seed,
-        "backend": "jit",
+        "backend": backend,
         "devices": mesh.size,
         "device_kind": mesh.devices.flat[0].device_kind,
         "steps": steps,
@@ -74,7 +75,7 @@ def result_of(
         "params_sha256": params_sha256(state.params),
         "steps_per_second": steps / seconds["train"] if seconds["train"] else None,
         "seconds": seconds,
-        "peak_memory_bytes": peak_memory(mesh),
+        "peak_memory_bytes": peak_memory(),
         "versions": folders.versions(),
     }
 
@@ -104,8 +105,8 @@ def params_sha256(params: Any) -> str:
     return digest.hexdigest()
 
 
-def peak_memory(mesh: Mesh) -> int:
-    """The most bytes in use at once: on the first device where it counts them, else by this process."""
-    counted = mesh.devices.flat[0].memory_stats() or {}
+def peak_memory() -> int:
+    """The most bytes in use at once: on this process' first device where it counts them, else by the process."""
+    counted = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
     return counted.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

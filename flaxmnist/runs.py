@@ -16,12 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from flaxmnist import evaluation, folders, order, parallel, steps
+from flaxmnist import evaluation, folders, hosts, order, parallel
 from flaxmnist.config import Config
 from flaxmnist.data import Dataset, Split
 from flaxmnist.errors import Diverged, Stopped, UserError
 from flaxmnist.logs import Clock, Progress, Records, logger, write_json
-from flaxmnist.program import Program, first_state, place, train_logits
+from flaxmnist.program import Backend, Program, first_state, place, state_shapes, train_logits
 from flaxmnist.results import Run, finished_run, result_of
 from flaxmnist.state import Metrics, Totals
 
@@ -41,6 +41,8 @@ def fit(
     overwrite: bool = False,
     allow_config_change: bool = False,
     devices: int | None = None,
+    backend: Backend = "jit",
+    model_parallel: int = 1,
     profile: str | Path | None = None,
     experiment: str | Path | None = None,
     stop: threading.Event | None = None,
@@ -48,43 +50,56 @@ def fit(
 ) -> Run:
     """Trains and evaluates; where there is a ``workdir``, everything is kept there, else nothing touches the disk.
 
-    ``devices`` is how many to use (None: all). ``profile`` is a folder for a trace of a few steady steps.
+    ``devices`` is how many to use (None: all), ``backend`` how training is compiled for them, ``model_parallel`` over
+    how many of them each dense kernel is split. ``profile`` is a folder for a trace of a few steady steps.
     ``experiment`` is the file that ``config`` came from, to be named in ``config.json``. ``stop``, once set, ends the
     run after the chunk at hand, with a checkpoint. ``clock`` holds what the command spent before.
 
     Raises UserError for what the caller can mend, Diverged where loss or weights are no longer finite, and Stopped.
     """
     config = order.resolve(config, len(data.train.labels))
-    mesh = parallel.make_mesh(devices)
-    check(config, data, mesh)
+    mesh = parallel.make_mesh(devices, model_parallel)
+    check(config, data, mesh, backend)
     folder = None if workdir is None else Path(workdir)
-    described = folders.describe(config, data, mesh, experiment)
-    if folder is not None and folders.is_finished(folder, described, resume, overwrite, allow_config_change):
-        logger.info("%s is finished", folder)
-        return finished_run(folder)
-    loop = Loop(config, data, mesh, folder, described, clock or Clock())
+    described = folders.describe(config, data, mesh, backend, experiment)
+    if folder is not None:
+        look = partial(folders.is_finished, folder, described, resume, overwrite, allow_config_change)
+        if hosts.on_first(look):
+            logger.info("%s is finished", folder)
+            return finished_run(folder)
+    loop = Loop(config, data, mesh, backend, folder, described, clock or Clock())
     try:
         return loop.run(profile, stop or threading.Event())
     finally:
         loop.close()
 
 
-def check(config: Config, data: Dataset, mesh: Mesh) -> None:
+def check(config: Config, data: Dataset, mesh: Mesh, backend: Backend) -> None:
     """Raises UserError where ``config`` cannot be trained on ``data``, before anything is touched."""
+    if backend == "pmap" and (jax.process_count() > 1 or mesh.shape[parallel.MODEL] > 1):
+        raise UserError("--backend pmap is for one process and whole parameters: take --backend jit")
     parallel.check_batch(config.train.batch_size, mesh)
     order.steps_per_epoch(config, len(data.train.labels))
     if config.data.order == "file" and not data.file_order:
         raise UserError(f"data.order file needs the original files, but these images are {data.source}")
-    jax.eval_shape(partial(steps.create_state, config, data.train.images.shape[1:3], data.classes))
+    parallel.check_model(state_shapes(config, data).params, mesh)
 
 
 class Loop:
     """What a run needs while it goes: the program, the data on the devices, and where it tells and keeps things."""
 
     def __init__(
-        self, config: Config, data: Dataset, mesh: Mesh, folder: Path | None, described: dict[str, Any], clock: Clock
+        self,
+        config: Config,
+        data: Dataset,
+        mesh: Mesh,
+        backend: Backend,
+        folder: Path | None,
+        described: dict[str, Any],
+        clock: Clock,
     ):
         self.config, self.data, self.mesh, self.folder, self.clock = config, data, mesh, folder, clock
+        self.backend: Backend = backend
         self.epoch_length = order.steps_per_epoch(config, len(data.train.labels))
         with clock("compile"):
             self.state = first_state(config, data, mesh)
@@ -104,8 +119,9 @@ class Loop:
                     logger.info("going on from the checkpoint at step %d", self.saved)
         self.step = int(self.state.step)
         self.rate = 10.0  # steps a second, as far as is known
-        self.records = Records(folder and folder / "metrics.jsonl", about["records"])
-        if folder is not None:
+        self.stopping = False  # whether some process was told to stop
+        self.records = Records(folder and folder / "metrics.jsonl", about["records"], write=hosts.is_first())
+        if folder is not None and hosts.is_first():
             folders.begin(folder, described)
         self.progress = Progress(config.train.length, self.step, config.train.batch_size)
 
@@ -124,7 +140,7 @@ class Loop:
             with self.clock("data"):
                 train = place(self.data.train, self.mesh)
             with self.clock("compile"):
-                self.program = Program(config, self.state, train, self.mesh)
+                self.program = Program(config, self.state, train, self.mesh, self.backend)
             if profile is not None:
                 self.trace(Path(profile))
         self.progress.begin()
@@ -134,10 +150,10 @@ class Loop:
             self.advance(self.next_due(), stop)
             if self.is_due(config.train.evaluate_every):
                 self.evaluate("validation", self.data.validation)
-            ends = stop.is_set() or stops_early(config, self.records.history)
+            ends = self.stopping or stops_early(config, self.records.history)
             if ends or self.is_due(config.train.checkpoint_every):
                 self.save()
-            if stop.is_set() and self.step < config.train.length:
+            if self.stopping and self.step < config.train.length:
                 self.wait()
                 kept = "no folder kept it" if self.folder is None else "--resume goes on"
                 raise Stopped(f"stopped at step {self.step} of {config.train.length}; {kept}")
@@ -185,8 +201,9 @@ class Loop:
                     self.report(*unreported)
                     self.rate = unreported[1] / (time.perf_counter() - began)
                 unreported = (start, count, metrics)
-                # Only after a chunk: what was told before it, it belongs to.
-                if stop.is_set():
+                # Only after a chunk: what was told before it, it belongs to. All processes do the same steps next.
+                self.stopping, self.rate = hosts.agree(stop.is_set(), self.rate)
+                if self.stopping:
                     break
             if unreported is not None:
                 self.report(*unreported)
@@ -231,7 +248,7 @@ class Loop:
                 self.records.add(self.step, epoch, "batch", loss=seen.loss, accuracy=seen.accuracy)
                 logger.info("step %d, training accuracy %g", self.step, seen.accuracy)
             else:
-                logits = train_logits(self.config, self.state, images)
+                logits = parallel.gather(train_logits(self.config, self.state, images), self.mesh)
                 probabilities = np.exp(evaluation.log_softmax(np.asarray(logits))).round(6)
                 self.records.add(self.step, epoch, "batch", probabilities=probabilities)
                 shown = np.array2string(
@@ -281,19 +298,21 @@ class Loop:
         assert test is not None  # every data set has test images
         validation = self.latest("validation")
         accuracy = None if validation is None else validation["accuracy"]
+        state = parallel.gather(self.state, self.mesh)
         result = result_of(
             self.config,
-            self.state,
+            state,
             self.mesh,
+            self.backend,
             self.clock,
             epochs=self.step / self.epoch_length,
             validation_accuracy=accuracy,
             test=test,
         )
         self.records.sync()
-        if self.folder is not None:
+        if self.folder is not None and hosts.is_first():
             write_json(self.folder / "result.json", result)
-        return Run(self.config, self.state, self.records.history, result)
+        return Run(self.config, state, self.records.history, result)
 
 
 def means(totals: Totals) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:

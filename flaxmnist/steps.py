@@ -49,35 +49,56 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def train_logits(
-    config: Config, graphdef: nnx.GraphDef, params: Any, images: UInt8[Array, "b h w 1"], step: int | Int[Array, ""]
+    config: Config,
+    graphdef: nnx.GraphDef,
+    params: Any,
+    images: UInt8[Array, "b h w 1"],
+    step: int | Int[Array, ""],
+    *,
+    axis_name: str | None = None,
 ) -> Float[Array, "b classes"]:
-    """The logits of a training step: on augmented images, with dropout, computed in ``train.compute_dtype``."""
+    """The logits of a training step: on augmented images, with dropout, computed in ``train.compute_dtype``.
+
+    ``axis_name`` is as in ``train_step``: what is drawn for an image is the same in a part of a batch as in the whole.
+    """
+    part, parts = (0, 1) if axis_name is None else (jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name))
     dtype, rate = config.train.compute_dtype, config.model.dropout
     model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
-    x = augment(config.data.augment, stream_key(config.seed, "augment", step), layers.normalise(images)).astype(dtype)
+    key, x = stream_key(config.seed, "augment", step), layers.normalise(images)
+    x = augment(config.data.augment, key, x, first=part * images.shape[0]).astype(dtype)
     if isinstance(rate, float | int) and rate == 0:
         return model(x).astype(jnp.float32)
     key, layer = stream_key(config.seed, "dropout", step), itertools.count()
 
     def drop(values):
-        return layers.dropout(values, rate, jax.random.fold_in(key, next(layer)))
+        return layers.dropout(values, rate, jax.random.fold_in(key, next(layer)), part=part, parts=parts)
 
     return model(x, dropout=drop).astype(jnp.float32)
 
 
-def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """One update by the mean gradient of the batch, and what was seen before it."""
+def train_step(
+    config: Config, state: TrainState, batch: Batch, *, axis_name: str | None = None
+) -> tuple[TrainState, Metrics]:
+    """One update by the mean gradient of the batch, and what was seen before it.
+
+    Under ``jax.pmap`` each device calls this with its equal part of the batch, in order, and the axis' name: losses,
+    counts and gradients are summed over it, and divided by the images of the whole batch.
+    """
+
+    def over_devices(tree):
+        return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+    images = over_devices(jnp.sum(batch.weights))
 
     def loss(params):
-        logits = train_logits(config, state.graphdef, params, batch.images, state.step)
+        logits = train_logits(config, state.graphdef, params, batch.images, state.step, axis_name=axis_name)
         # A filling image must reach neither sum nor gradient, even where its own loss is not finite.
         logits = jnp.where(batch.weights[:, None] > 0, logits, 0)
         losses = objective.cross_entropy(config.objective, logits, batch.labels)
-        total = jnp.sum(losses * batch.weights)
-        images = jnp.sum(batch.weights)
-        return total / images, Totals(total, jnp.sum(objective.correct(logits, batch.labels) * batch.weights), images)
+        total, correct = jnp.sum(losses * batch.weights), objective.correct(logits, batch.labels)
+        return total / images, Totals(total, jnp.sum(correct * batch.weights), jnp.sum(batch.weights))
 
-    gradients, totals = jax.grad(loss, has_aux=True)(state.params)
+    gradients, totals = over_devices(jax.grad(loss, has_aux=True)(state.params))
     updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     epoch = jax.tree.map(jnp.add, state.epoch, totals)
@@ -102,11 +123,14 @@ def train_steps(
     labels: Int32[Array, " n"],
     indices: Int32[Array, "capacity b"],
     count: Int32[Array, ""],
+    *,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """``count`` steps in one program, on the batches that the first rows of ``indices`` name.
 
     ``count`` is traced, so one compiled program serves every stretch of at most ``capacity`` steps, and however a run
-    is cut into stretches its bits are the same. Returns the metrics of each step, [capacity], those beyond ``count`` 0.
+    is cut into stretches its bits are the same. ``axis_name`` is as in ``train_step``. Returns the metrics of each
+    step, [capacity], those beyond ``count`` 0.
     """
     epoch_length = steps_per_epoch(config, images.shape[0])
 
@@ -114,7 +138,7 @@ def train_steps(
         state, metrics = carry
         first = state.step % epoch_length == 0
         state = replace(state, epoch=jax.tree.map(lambda total: jnp.where(first, 0, total), state.epoch))
-        state, seen = train_step(config, state, take_batch(images, labels, indices[i]))
+        state, seen = train_step(config, state, take_batch(images, labels, indices[i]), axis_name=axis_name)
         return state, jax.tree.map(lambda all_steps, one: all_steps.at[i].set(one), metrics, seen)
 
     empty = jax.tree.map(lambda _: jnp.zeros(indices.shape[0]), Metrics(state.epoch, state.epoch))

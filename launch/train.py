@@ -12,7 +12,7 @@ from typing import Annotated, Literal  # noqa: E402
 import tyro  # noqa: E402
 
 import flaxmnist as fm  # noqa: E402
-from flaxmnist import folders, inspection, logs, program, results, signals  # noqa: E402
+from flaxmnist import folders, hosts, inspection, logs, program, results, signals  # noqa: E402
 from flaxmnist.errors import BelowTarget, UserError, exit_code  # noqa: E402
 
 
@@ -26,6 +26,12 @@ class Arguments:
     overwrite: bool = False  # throw away what lies in --workdir
     allow_config_change: bool = False  # resume although fields differ
     devices: int | None = None  # use the first so many devices; default: all
+    backend: program.Backend = "jit"  # how training is compiled for several devices
+    model_parallel: int = 1  # split each dense kernel, and its optimizer state, over so many devices
+    coordinator: str | None = None  # HOST:PORT of process 0, for several processes that no launcher JAX knows started
+    processes: int | None = None  # how many there are
+    process_id: int | None = None  # which one this is, from 0 on
+    heartbeat: float = hosts.HEARTBEAT  # seconds without a sign of life after which a process counts as lost
     min_accuracy: float | None = None  # exit with 4 where the test accuracy, a fraction, is under this
     print_config: bool = False  # print the config, parameters, operations and memory, and exit
     profile: Path | None = None  # write a trace of a few steady steps to this folder
@@ -60,13 +66,22 @@ def train(arguments: Arguments, clock: logs.Clock) -> None:
         raise UserError("--resume needs the --workdir to go on in")
     if arguments.min_accuracy is not None and not 0 <= arguments.min_accuracy <= 1:
         raise UserError(f"--min-accuracy is a fraction in [0, 1], but is {arguments.min_accuracy}")
+    if not 1 <= arguments.heartbeat <= 3600:
+        raise UserError(f"--heartbeat must lie in [1, 3600] seconds, but is {arguments.heartbeat}")
+    if arguments.print_config:
+        print(inspection.describe(config, fm.load_data(config.data, arguments.data_dir)))
+        return
+    with hosts.joined(arguments.coordinator, arguments.processes, arguments.process_id, arguments.heartbeat):
+        run_on(arguments, config, clock)
+
+
+def run_on(arguments: Arguments, config: fm.Config, clock: logs.Clock) -> None:
+    """This process' part of the run."""
+    logs.show(arguments.log_level if hosts.is_first() else "warning")
     with clock("data"), signals.raise_on_signals():
         data = fm.load_data(config.data, arguments.data_dir)
-    if arguments.print_config:
-        print(inspection.describe(config, data))
-        return
     program.keep_programs()
-    workdir = arguments.workdir or folders.fresh(config.name)
+    workdir = arguments.workdir or Path(hosts.on_first(lambda: str(folders.fresh(config.name))))
     with signals.stop_on_signals() as stop:
         run = fm.fit(
             config,
@@ -76,12 +91,15 @@ def train(arguments: Arguments, clock: logs.Clock) -> None:
             overwrite=arguments.overwrite,
             allow_config_change=arguments.allow_config_change,
             devices=arguments.devices,
+            backend=arguments.backend,
+            model_parallel=arguments.model_parallel,
             profile=arguments.profile,
             experiment=arguments.experiment,
             stop=stop,
             clock=clock,
         )
-    print(results.summary(run, workdir, arguments.data_dir))
+    if hosts.is_first():
+        print(results.summary(run, workdir, arguments.data_dir))
     accuracy = run.result["test_accuracy"]
     if arguments.min_accuracy is not None and accuracy < arguments.min_accuracy:
         raise BelowTarget(f"test accuracy {accuracy:.4f} is under --min-accuracy {arguments.min_accuracy}")

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, small
 from PIL import Image
 
-from flaxmnist import benchmarks, inspection, order, peer, steps
+from flaxmnist import benchmarks, inspection, order, parallel, peer, steps
 from flaxmnist.config import load_experiment
 from flaxmnist.errors import UserError
 from flaxmnist.runs import fit
@@ -32,7 +32,9 @@ def brief(monkeypatch):
     monkeypatch.setattr(benchmarks, "ROUNDS", 2)
     monkeypatch.setattr(benchmarks, "MATRIX", 64)
     make_mesh = benchmarks.parallel.make_mesh
-    monkeypatch.setattr(benchmarks.parallel, "make_mesh", lambda devices=1: make_mesh(devices))
+    monkeypatch.setattr(
+        benchmarks.parallel, "make_mesh", lambda devices=1, model_parallel=1: make_mesh(devices, model_parallel)
+    )
 
 
 def test_the_figures_of_an_experiment_fit_together(brief, few, tmp_path):
@@ -61,8 +63,8 @@ def test_the_figures_of_an_experiment_fit_together(brief, few, tmp_path):
 def test_the_path_measured_is_that_of_a_run(brief, few, monkeypatch):
     """As many steps as asked for, from the first on, whatever the program holds at once."""
     config = order.resolve(small(steps=7), 70)
-    train, seconds = benchmarks.our_trainer(config, few)
-    assert seconds > 0
+    trainer = benchmarks.Trainer(config, few, parallel.make_mesh(1))
+    assert trainer.compile_seconds > 0
     calls, call = [], benchmarks.program.Program.__call__
 
     def calling(compiled, state, start, count):
@@ -70,8 +72,8 @@ def test_the_path_measured_is_that_of_a_run(brief, few, monkeypatch):
         return call(compiled, state, start, count)
 
     monkeypatch.setattr(benchmarks.program.Program, "__call__", calling)
-    train(25)
-    train(3)
+    trainer.run(25)
+    trainer.run(3)
     starts = [start for start, _ in calls]
     assert sum(count for _, count in calls) == 28
     assert starts == sorted(starts)
