@@ -1,5 +1,6 @@
 """The processes of a run, on one machine or many: how they find each other, agree, and notice that one is lost."""
 
+import atexit
 import contextlib
 import ctypes
 import importlib.util
@@ -18,10 +19,13 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from flaxmnist.errors import Stopped, UserError
+from flaxmnist.errors import BelowTarget, Diverged, Stopped, UserError
 
 # Seconds without a sign of life after which a process counts as lost.
 HEARTBEAT = 20.0
+
+# Seconds in which all processes of a run must have come.
+GATHERING = 300.0
 
 # Seconds between two signs of life.
 BEAT = 0.5
@@ -73,27 +77,56 @@ def joined(
         raise UserError(f"--coordinator {coordinator} must be HOST:PORT")
     # Ours is the only way to be told to stop; JAX's would take SIGTERM away.
     jax.config.update("jax_enable_preemption_service", False)
+    # Ours is also to say first that a process is missing or lost: what JAX says of it, few would understand.
+    patience = round(2 * heartbeat + 10)
+    alarm = threading.Timer(GATHERING, end, [f"not all processes of the run came within {GATHERING:.0f} s"])
+    alarm.start()
     try:
-        # The watch is to notice a loss first: what JAX says of one, few would understand.
-        patience = round(2 * heartbeat + 10)
-        jax.distributed.initialize(*given, heartbeat_timeout_seconds=patience, shutdown_timeout_seconds=patience)
+        jax.distributed.initialize(
+            *given,
+            initialization_timeout=round(GATHERING + patience),
+            heartbeat_timeout_seconds=patience,
+            shutdown_timeout_seconds=patience,
+        )
     except ValueError as error:
-        if "should be defined" in str(error) or "must be defined" in str(error):  # a TPU library, but no pod
-            yield
-            return
-        raise
+        if given != [None, None, None] or "must be defined" not in str(error).replace("should", "must"):
+            raise
+        # A TPU library is installed, but this is no pod.
+        yield
+        return
+    finally:
+        alarm.cancel()
     # Gloo tells of its connections on standard output, where only results belong.
     sys.stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    # When process 0 dies, JAX aborts the others at once, on a thread where no Python runs. To sleep first, as many
+    # seconds as the signal's number, which is 6, leaves the watch the time to speak.
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGABRT, libc.sleep)
     watch = Watch(heartbeat)
     try:
         yield
-    except jax.errors.JaxRuntimeError:
-        # A broken exchange is how a loss shows first. The watch finds out whose, and ends this process.
-        time.sleep(heartbeat + 2 * BEAT)
+    except (BelowTarget, Diverged, Stopped) as ending:
+        # All of them end so: one says it.
+        if is_first():
+            raise
+        raise SystemExit(ending.exit_code) from None
+    except Exception as error:
+        if not isinstance(error, UserError):
+            # A broken exchange is how a loss shows first. The watch finds out whose, and ends this process.
+            time.sleep(heartbeat + 6 * BEAT)
+        # This process may be the only one to end so: it leaves without waiting for the others, as JAX would at exit.
+        atexit.register(os._exit, getattr(error, "exit_code", 1))
         raise
     finally:
         watch.close()
+
+
+def end(reason: str, linger: float = 0) -> None:
+    """Ends this process, whatever its main thread waits for, ``linger`` seconds after it said why."""
+    os.write(2, f"flaxmnist: {reason}; --resume goes on\n".encode())
+    time.sleep(linger)
+    os._exit(Stopped.exit_code)
 
 
 class Watch:
@@ -108,10 +141,6 @@ class Watch:
         host, port = known.coordinator_address.rsplit(":", 1)
         self.coordinator = host, int(port)
         self.heard = {other: time.monotonic() for other in range(known.num_processes) if other != self.me}
-        # When process 0 dies, JAX aborts the others at once, on a thread where no Python runs. To sleep first, as many
-        # seconds as the signal's number, which is 6, leaves our threads the time to speak.
-        libc = ctypes.CDLL(None)
-        libc.signal(signal.SIGABRT, libc.sleep)
         self.threads = [threading.Thread(target=each, daemon=True) for each in (self.beat, self.judge)]
         for thread in self.threads:
             thread.start()
@@ -152,13 +181,10 @@ class Watch:
         return True
 
     def lose(self, other: int) -> None:
-        """Ends this process at once, whatever its main thread waits for."""
+        """Ends this process, unless the run is over."""
         if not self.over.is_set():
-            os.write(2, f"flaxmnist: process {other} of the run was lost; --resume goes on\n".encode())
-            if self.me == 0:
-                # The others are about to notice the same. Without a coordinator, they would think this process lost.
-                time.sleep(4 * BEAT)
-            os._exit(Stopped.exit_code)
+            # The others are about to notice the same. Without a coordinator, they would think process 0 lost.
+            end(f"process {other} of the run was lost", linger=4 * BEAT if self.me == 0 else 0)
 
     def close(self) -> None:
         self.over.set()

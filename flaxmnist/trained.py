@@ -52,7 +52,11 @@ def load_run(workdir: str | Path, which: str = "latest") -> Trained:
         step = checkpoints.find(which)
         if step is None:
             raise UserError(f"{folder} has no checkpoint yet: train on with --resume")
-        state, _ = checkpoints.restore(step, jax.eval_shape(create))
+        # On one device, wherever it was saved.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = jax.eval_shape(create)
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
+        state, _ = checkpoints.restore(step, like)
     return Trained(config, state, data)
 
 
