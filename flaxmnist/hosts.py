@@ -51,6 +51,24 @@ def is_launched() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
+def check(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+    """Raises UserError unless the three make sense together, or none is given."""
+    if coordinator is processes is process_id is None:
+        return
+    if coordinator is None or processes is None or process_id is None:
+        raise UserError("give --coordinator, --processes and --process-id together, or none of them")
+    if not 0 <= process_id < processes:
+        raise UserError(f"--process-id {process_id} must lie in [0, --processes {processes})")
+    _, colon, port = coordinator.rpartition(":")
+    if not colon or not port.isdecimal():
+        raise UserError(f"--coordinator {coordinator} must be HOST:PORT")
+    if process_id == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"nothing can listen on the port of --coordinator {coordinator}: {error}") from None
+
+
 @contextlib.contextmanager
 def joined(
     coordinator: str | None = None,
@@ -65,16 +83,10 @@ def joined(
     counts as lost after ``heartbeat`` seconds without a sign of life. Raises UserError for what makes no sense.
     """
     given = [coordinator, processes, process_id]
-    if given == [None, None, None]:
-        if not is_launched():
-            yield
-            return
-    elif coordinator is None or processes is None or process_id is None:
-        raise UserError("give --coordinator, --processes and --process-id together, or none of them")
-    elif not 0 <= process_id < processes:
-        raise UserError(f"--process-id {process_id} must lie in [0, --processes {processes})")
-    elif ":" not in coordinator or not coordinator.rsplit(":", 1)[1].isdecimal():
-        raise UserError(f"--coordinator {coordinator} must be HOST:PORT")
+    if given == [None, None, None] and not is_launched():
+        yield
+        return
+    check(coordinator, processes, process_id)
     # Ours is the only way to be told to stop; JAX's would take SIGTERM away.
     jax.config.update("jax_enable_preemption_service", False)
     # Ours is also to say first that a process is missing or lost: what JAX says of it, few would understand.

@@ -121,6 +121,7 @@ def test_a_kubernetes_job_without_its_package_says_what_to_install(monkeypatch):
         (("127.0.0.1:1", 2, 2), r"--process-id 2 must lie in \[0, --processes 2\)"),
         (("127.0.0.1", 2, 0), "--coordinator 127.0.0.1 must be HOST:PORT"),
         (("host:ssh", 2, 0), "must be HOST:PORT"),
+        (("127.0.0.1:99999", 2, 0), "nothing can listen on the port of --coordinator 127.0.0.1:99999"),
     ],
 )
 def test_addresses_that_make_no_sense(arguments, message):
@@ -217,15 +218,17 @@ def test_several_processes_train_as_one(processes, devices, experiment, digits, 
 
 
 @pytest.mark.slow
-def test_a_run_goes_from_eight_devices_to_two_processes_to_one_device(experiment, digits, tmp_path):
+@pytest.mark.parametrize(("first", "last"), [(8, 1), (1, 8)])
+def test_a_run_goes_on_with_other_devices_and_hosts(first, last, experiment, digits, tmp_path):
+    """From one process to two with two devices each, and back to one."""
     config = fm.load_experiment(experiment)
     whole = fm.fit(config, digits, devices=1)
     folder = tmp_path / "run"
-    fm.fit(replace(config, train=replace(config.train, steps=20)), digits, folder, devices=8)
+    fm.fit(replace(config, train=replace(config.train, steps=20)), digits, folder, devices=first)
     ended = local(2, experiment, "--workdir", folder, "--resume", "--train.steps", 40, devices=2)
     assert ended.returncode == 0, ended.stderr
     assert "going on from the checkpoint at step 20" in ended.stderr
-    fm.fit(config, digits, folder, devices=1, resume=True)
+    fm.fit(config, digits, folder, devices=last, resume=True)
     steps = {record["step"]: record["loss"] for record in whole.history if record["split"] == "train"}
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     again = {record["step"]: record["loss"] for record in records if record["split"] == "train"}
