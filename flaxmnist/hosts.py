@@ -60,13 +60,39 @@ def check(coordinator: str | None, processes: int | None, process_id: int | None
     if not 0 <= process_id < processes:
         raise UserError(f"--process-id {process_id} must lie in [0, --processes {processes})")
     _, colon, port = coordinator.rpartition(":")
-    if not colon or not port.isdecimal():
+    if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator {coordinator} must be HOST:PORT")
     if process_id == 0:
         try:
             socket.create_server(("", int(port))).close()
-        except (OSError, OverflowError) as error:
-            raise UserError(f"nothing can listen on the port of --coordinator {coordinator}: {error}") from None
+        except OSError as error:
+            raise UserError(
+                f"nothing can listen on the port of --coordinator {coordinator}: {error.strerror}; take another"
+            ) from None
+
+
+def connect(given: tuple[str | None, int | None, int | None], heartbeat: float) -> bool:
+    """Returns when all processes have come; False at once where a TPU library is installed, but this is no pod."""
+    # Ours is the only way to be told to stop; JAX's would take SIGTERM away.
+    jax.config.update("jax_enable_preemption_service", False)
+    # Ours is also to say first that a process is missing or lost: what JAX says of it, few would understand.
+    patience = round(2 * heartbeat + 10)
+    alarm = threading.Timer(GATHERING, end, [f"not all processes of the run came within {GATHERING:.0f} s"])
+    alarm.start()
+    try:
+        jax.distributed.initialize(
+            *given,
+            initialization_timeout=round(GATHERING + patience),
+            heartbeat_timeout_seconds=patience,
+            shutdown_timeout_seconds=patience,
+        )
+    except ValueError as error:
+        if "coordinator_address should be defined" in str(error):
+            return False
+        raise
+    finally:
+        alarm.cancel()
+    return True
 
 
 @contextlib.contextmanager
@@ -82,32 +108,11 @@ def joined(
     is. Without them they are found out where a launcher started several processes; else this one is alone. A process
     counts as lost after ``heartbeat`` seconds without a sign of life. Raises UserError for what makes no sense.
     """
-    given = [coordinator, processes, process_id]
-    if given == [None, None, None] and not is_launched():
+    given = coordinator, processes, process_id
+    check(*given)
+    if (given == (None, None, None) and not is_launched()) or not connect(given, heartbeat):
         yield
         return
-    check(coordinator, processes, process_id)
-    # Ours is the only way to be told to stop; JAX's would take SIGTERM away.
-    jax.config.update("jax_enable_preemption_service", False)
-    # Ours is also to say first that a process is missing or lost: what JAX says of it, few would understand.
-    patience = round(2 * heartbeat + 10)
-    alarm = threading.Timer(GATHERING, end, [f"not all processes of the run came within {GATHERING:.0f} s"])
-    alarm.start()
-    try:
-        jax.distributed.initialize(
-            *given,
-            initialization_timeout=round(GATHERING + patience),
-            heartbeat_timeout_seconds=patience,
-            shutdown_timeout_seconds=patience,
-        )
-    except ValueError as error:
-        if given != [None, None, None] or "must be defined" not in str(error).replace("should", "must"):
-            raise
-        # A TPU library is installed, but this is no pod.
-        yield
-        return
-    finally:
-        alarm.cancel()
     # Gloo tells of its connections on standard output, where only results belong.
     sys.stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -121,12 +121,19 @@ def test_a_kubernetes_job_without_its_package_says_what_to_install(monkeypatch):
         (("127.0.0.1:1", 2, 2), r"--process-id 2 must lie in \[0, --processes 2\)"),
         (("127.0.0.1", 2, 0), "--coordinator 127.0.0.1 must be HOST:PORT"),
         (("host:ssh", 2, 0), "must be HOST:PORT"),
-        (("127.0.0.1:99999", 2, 0), "nothing can listen on the port of --coordinator 127.0.0.1:99999"),
+        (("127.0.0.1:99999", 2, 0), "must be HOST:PORT"),
     ],
 )
 def test_addresses_that_make_no_sense(arguments, message):
     with pytest.raises(UserError, match=message), hosts.joined(*arguments):
         pass
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match="nothing can listen on the port"), hosts.joined(address, 2, 0):
+            pass
 
 
 # --- The watch ------------------------------------------------------------------------------------------------------
