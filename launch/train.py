@@ -59,7 +59,6 @@ def read(argv: list[str]) -> Arguments:
 def train(arguments: Arguments, clock: logs.Clock) -> None:
     """Does what the arguments say, and prints the result."""
     logs.show(arguments.log_level)
-    config = arguments.config
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume goes on with a run and --overwrite throws it away: give one of them")
     if arguments.resume and arguments.workdir is None:
@@ -69,14 +68,16 @@ def train(arguments: Arguments, clock: logs.Clock) -> None:
     if not 1 <= arguments.heartbeat <= 3600:
         raise UserError(f"--heartbeat must lie in [1, 3600] seconds, but is {arguments.heartbeat}")
     if arguments.print_config:
-        print(inspection.describe(config, fm.load_data(config.data, arguments.data_dir)))
+        data = fm.load_data(arguments.config.data, arguments.data_dir)
+        print(inspection.describe(arguments.config, data))
         return
     with hosts.joined(arguments.coordinator, arguments.processes, arguments.process_id, arguments.heartbeat):
-        run_on(arguments, config, clock)
+        run_on(arguments, clock)
 
 
-def run_on(arguments: Arguments, config: fm.Config, clock: logs.Clock) -> None:
+def run_on(arguments: Arguments, clock: logs.Clock) -> None:
     """This process' part of the run."""
+    config = arguments.config
     logs.show(arguments.log_level if hosts.is_first() else "warning")
     with clock("data"), signals.raise_on_signals():
         data = fm.load_data(config.data, arguments.data_dir)
