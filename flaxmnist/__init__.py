@@ -8,6 +8,7 @@ from flaxmnist.results import Run
 from flaxmnist.runs import fit
 from flaxmnist.state import Batch, TrainState
 from flaxmnist.steps import create_state, train_step, train_steps
+from flaxmnist.sweeps import Sweep, sweep
 from flaxmnist.trained import Trained, load_run
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "Run",
     "Softmax",
     "Split",
+    "Sweep",
     "TrainState",
     "Trained",
     "create_state",
@@ -32,6 +34,7 @@ __all__ = [
     "load_run",
     "make_model",
     "predict",
+    "sweep",
     "train_step",
     "train_steps",
 ]

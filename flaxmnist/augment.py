@@ -13,7 +13,7 @@ from jax.scipy.ndimage import map_coordinates
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from flaxmnist import config
+from flaxmnist import config, fields
 
 # Correlation length of the elastic displacement, in pixels: the one Simard et al. found best for MNIST.
 SMOOTHNESS = 4.0
@@ -35,17 +35,12 @@ def augment(
     Shift (pixels, each axis), rotation (degrees) and relative size (about the middle) are uniform within ± their
     field; the elastic displacement is that of Simard, Steinkraus & Platt (2003), see ``elastic``.
     """
-    if not any(is_on(amount) for amount in (config.shift, config.rotate, config.scale, config.elastic)):
+    if all(fields.is_off(amount) for amount in (config.shift, config.rotate, config.scale, config.elastic)):
         return images
     _, height, width, _ = images.shape
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(images.shape[0]))
     sources = jax.vmap(partial(draw_sources, config, shape=(height, width)))(keys)
     return jax.vmap(resample)(images, sources)
-
-
-def is_on(amount: ArrayLike) -> bool:
-    """False for the number 0. What a traced amount will be is not known here, so it counts as on."""
-    return not isinstance(amount, int | float) or amount != 0
 
 
 def draw_sources(config: config.Augment, key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "2 h w"]:
@@ -54,11 +49,15 @@ def draw_sources(config: config.Augment, key: PRNGKeyArray, shape: tuple[int, in
     keys = jax.random.split(key, 4)
 
     def draw(key: PRNGKeyArray, amount: ArrayLike, count: tuple[int, ...] = ()) -> Float[Array, "..."]:
-        return jax.random.uniform(key, count, jnp.float32, -1, 1) * amount if is_on(amount) else jnp.zeros(count)
+        return (
+            jax.random.uniform(key, count, jnp.float32, -1, 1) * amount
+            if not fields.is_off(amount)
+            else jnp.zeros(count)
+        )
 
     shift, rotate, scale = draw(keys[0], config.shift, (2,)), draw(keys[1], config.rotate), draw(keys[2], config.scale)
     sources = affine(shape, shift, rotate, scale)
-    if is_on(config.elastic):
+    if not fields.is_off(config.elastic):
         sources += config.elastic * elastic(keys[3], shape)
     return sources
 

@@ -90,3 +90,17 @@ def score(logits: Float[np.ndarray, "n classes"], labels: Int32[np.ndarray, " n"
         count=len(labels),
         confusion=confusion,
     )
+
+
+def calibration_error(
+    probabilities: Float[np.ndarray, "n classes"], labels: Int32[np.ndarray, " n"], bins: int = 15
+) -> float:
+    """The expected calibration error: how far confidence is from accuracy, over equal intervals of confidence.
+
+    Guo et al. 2017, "On calibration of modern neural networks": the mean of |accuracy − confidence| over ``bins``,
+    weighted by the answers in each.
+    """
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    places = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    differences = np.bincount(places, right - confidence, minlength=bins)
+    return float(np.abs(differences).sum() / len(labels))

@@ -1,5 +1,6 @@
 """The fields of nested dataclasses: their types, their JSON form, their dotted names."""
 
+import copy
 import dataclasses
 import types
 import typing
@@ -77,6 +78,32 @@ def from_json(values: Any, hint: Any, path: str = "") -> Any:
     if odd := sorted(set(values) ^ set(names)):
         raise UserError(f"{path or 'the config'} has {'unknown' if odd[0] in values else 'no'} field {odd[0]!r}")
     return kind(**{name: from_json(values[name], hints[name], f"{path}.{name}".lstrip(".")) for name in names})
+
+
+def is_off(value: Any) -> bool:
+    """Whether ``value`` is the number 0. What a traced one will be is not known, so it counts as on."""
+    return isinstance(value, int | float) and value == 0
+
+
+def get(value: Any, name: str) -> Any:
+    """The field of dotted ``name``. Raises UserError, with the names there are, where there is none."""
+    for part in name.split("."):
+        if not dataclasses.is_dataclass(value) or part not in described(value):
+            known = ", ".join(described(value)) if dataclasses.is_dataclass(value) else "none"
+            raise UserError(f"there is no field {name}: {type(value).__name__} has no {part!r}, but {known}")
+        value = getattr(value, part)
+    return value
+
+
+def put(value: Any, name: str, new: Any, *, check: bool = True) -> Any:
+    """``value`` with the field of dotted ``name`` set to ``new``; without ``check``, ``new`` may be traced."""
+    first, _, rest = name.partition(".")
+    inner = put(getattr(value, first), rest, new, check=check) if rest else new
+    if check:
+        return dataclasses.replace(value, **{first: inner})
+    changed = copy.copy(value)
+    object.__setattr__(changed, first, inner)
+    return changed
 
 
 def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:

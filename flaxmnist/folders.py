@@ -42,28 +42,33 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def describe(config: Config, data: Dataset, mesh: Mesh, backend: str, experiment: str | Path | None) -> dict[str, Any]:
     """What ``config.json`` holds."""
-    sizes = {name: 0 if split is None else len(split.labels) for name, split in data.splits().items()}
     return {
         "config": fields.to_json(config),
         "experiment": None if experiment is None else str(experiment),
         "command": sys.argv,
         "git_commit": git_commit(),
         "versions": versions(),
-        "devices": {
-            "count": mesh.size,
-            "kind": mesh.devices.flat[0].device_kind,
-            "processes": jax.process_count(),
-            "backend": backend,
-            "mesh": dict(mesh.shape),
-        },
-        "data": {
-            "name": data.name,
-            "source": data.source,
-            "shape": list(data.train.images.shape[1:3]),
-            "classes": data.classes,
-            **sizes,
-        },
+        "devices": describe_devices(mesh, backend),
+        "data": describe_data(data),
     }
+
+
+def describe_devices(mesh: Mesh, backend: str) -> dict[str, Any]:
+    """What a run is on."""
+    return {
+        "count": mesh.size,
+        "kind": mesh.devices.flat[0].device_kind,
+        "processes": jax.process_count(),
+        "backend": backend,
+        "mesh": dict(mesh.shape),
+    }
+
+
+def describe_data(data: Dataset) -> dict[str, Any]:
+    """What a run is trained on."""
+    sizes = {name: 0 if split is None else len(split.labels) for name, split in data.splits().items()}
+    about = {"name": data.name, "source": data.source, "classes": data.classes}
+    return about | {"shape": list(data.train.images.shape[1:3])} | sizes
 
 
 def git_commit() -> str | None:

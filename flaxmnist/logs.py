@@ -39,7 +39,8 @@ class Progress:
     """How far a run is: a bar on a terminal, else a plain line every 30 s."""
 
     def __init__(self, total: int, start: int, batch_size: int):
-        self.start, self.batch_size = start, batch_size
+        self.start = self.step = start
+        self.batch_size = batch_size
         hidden = not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO)
         self.bar = tqdm(total=total, initial=start, unit="step", disable=hidden, dynamic_ncols=True, file=sys.stderr)
         self.total = total
@@ -49,12 +50,13 @@ class Progress:
         """Counts time from now on."""
         self.began = self.lined = time.perf_counter()
 
-    def show(self, step: int, loss: float, accuracy: float) -> None:
+    def show(self, step: int, loss: float | None = None, accuracy: float | None = None) -> None:
         """Says that ``step`` steps are done, and how the last of them did."""
-        now = time.perf_counter()
+        now, self.step = time.perf_counter(), step
         rate = (step - self.start) / (now - self.began)
-        speed = f"{rate * self.batch_size:,.0f} images/s"
-        self.bar.set_postfix_str(f"{speed}, loss {loss:.4f}, accuracy {accuracy:.4f}", refresh=False)
+        told = [f"{rate * self.batch_size:,.0f} images/s"]
+        told += [f"{name} {value:.4f}" for name, value in (("loss", loss), ("accuracy", accuracy)) if value is not None]
+        self.bar.set_postfix_str(", ".join(told), refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and now - self.lined > LINE_SECONDS:
             self.lined = now

@@ -6,7 +6,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from flaxmnist import config
+from flaxmnist import config, fields
 
 # Root mean square of an update by Muon at rate 1, whatever the matrix: about that of Adam, so that one rate serves both
 # (Liu et al. 2025, "Muon is scalable for LLM training").
@@ -44,9 +44,10 @@ def make_optimizer(optimizer: config.Optimizer, updates: int) -> optax.GradientT
     rate = optimizer.learning_rate if isinstance(optimizer.schedule, config.Flat) else schedule(optimizer, updates)
     match optimizer:
         case config.SGD(momentum=momentum, nesterov=nesterov):
-            update = optax.sgd(rate, momentum or None, nesterov)
+            update = optax.sgd(rate, None if fields.is_off(momentum) else momentum, nesterov)
         case config.Adam(b1=b1, b2=b2, eps=eps, weight_decay=decay):
-            update = optax.adamw(rate, b1, b2, eps, weight_decay=decay) if decay else optax.adam(rate, b1, b2, eps)
+            plain = fields.is_off(decay)
+            update = optax.adam(rate, b1, b2, eps) if plain else optax.adamw(rate, b1, b2, eps, weight_decay=decay)
         case config.Muon(momentum=momentum, newton_schulz_steps=count):
             update = optax.contrib.muon(
                 rate,

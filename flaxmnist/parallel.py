@@ -61,6 +61,11 @@ def whole(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def split_rows(mesh: Mesh) -> NamedSharding:
+    """The first axis, the members of a sweep, spread over the devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
 def split_columns(mesh: Mesh) -> NamedSharding:
     """The second axis, a step's batch, spread over the devices."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH))

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from flaxmnist import order, parallel, steps
+from flaxmnist import fields, order, parallel, steps
 from flaxmnist.config import Config
 from flaxmnist.data import Dataset, Split
 from flaxmnist.state import Metrics, TrainState
@@ -110,6 +110,88 @@ class Program:
     def __call__(self, state: TrainState, start: int, count: int) -> tuple[TrainState, Metrics]:
         """``count`` steps from ``state``, which is at step ``start`` and may not be used any more."""
         return self.compiled(state, *self.train, *self.place(start, count))
+
+
+class Members:
+    """Several runs of one config as one program; they differ in their seeds, and in the values of the fields ``names``.
+
+    Each device trains ``each`` of them, and tells the others nothing: one as a run of its own would be trained, to the
+    bit, several vectorised. With ``shared`` all see the same batches.
+    """
+
+    def __init__(
+        self, config: Config, names: tuple[str, ...], data: Dataset, train: Split, mesh: Mesh, each: int, shared: bool
+    ):
+        self.config, self.train, self.shared, self.size = config, train, shared, each * mesh.size
+        self.capacity = min(LONGEST if each == 1 else LONGEST // 4, config.train.length)
+        self.whole, self.split = parallel.whole(mesh), parallel.split_rows(mesh)
+        self.lies = self.whole if shared else self.split
+
+        def member(seed, values):
+            traced = fields.put(config, "seed", seed, check=False)
+            for name, value in zip(names, values, strict=True):
+                traced = fields.put(traced, name, value, check=False)
+            return traced
+
+        def create(seed, values):
+            return steps.create_state(member(seed, values), data.train.images.shape[1:3], data.classes)
+
+        def advance(seed, values, state, indices, images, labels, count):
+            return steps.train_steps(member(seed, values), state, images, labels, indices, count)
+
+        def compiled(function, split: tuple[bool, ...], donated: tuple[int, ...] = ()):
+            axes = tuple(0 if each else None for each in split)
+            function = jax.vmap(function, axes) if each > 1 else alone(function, split)
+            if mesh.size > 1:
+                specs = tuple(P(parallel.BATCH) if each else P() for each in split)
+                function = jax.shard_map(
+                    function, mesh=mesh, in_specs=specs, out_specs=P(parallel.BATCH), check_vma=False
+                )
+            shardings = tuple(self.split if each else self.whole for each in split)
+            return jax.jit(function, in_shardings=shardings, out_shardings=self.split, donate_argnums=donated)
+
+        seeds, values = np.zeros(self.size, np.int32), np.zeros((self.size, len(names)), np.float32)
+        self.create = compiled(create, (True, True))
+        state = jax.eval_shape(self.create, seeds, values)
+        advance = compiled(advance, (True, True, True, not shared, False, False, False), donated=(2,))
+        self.compiled = advance.lower(
+            seeds, values, state, self.indices([config] * self.size, 0, 0), *train, np.int32(0)
+        ).compile()
+
+    def indices(self, configs: list[Config], start: int, count: int) -> Array:
+        """The batches of ``count`` steps from ``start`` on: of each member, or of all."""
+        configs = configs[:1] if self.shared else configs
+        indices = np.zeros((len(configs), self.capacity, self.config.train.batch_size), np.int32)
+        for rows, config in zip(indices, configs, strict=True):
+            rows[:count] = order.batch_indices(config, len(self.train.labels), start, start + count)
+        return parallel.put(indices[0] if self.shared else indices, self.lies)
+
+    def __call__(
+        self, seeds: np.ndarray, values: np.ndarray, state: TrainState, configs: list[Config], start: int, count: int
+    ) -> tuple[TrainState, Metrics]:
+        """``count`` steps from ``state``, which is at step ``start`` and may not be used any more."""
+        indices = self.indices(configs, start, count)
+        return self.compiled(seeds, values, state, indices, *self.train, np.int32(count))
+
+    @property
+    def bytes(self) -> int:
+        """The memory that training takes on a device, beside the images."""
+        memory = self.compiled.memory_analysis()
+        if memory is None:
+            return 0
+        return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+
+
+def alone(function: Callable[..., Any], split: tuple[bool, ...]) -> Callable[..., Any]:
+    """``function`` of one member for arguments that hold one, along a first axis where ``split`` says so."""
+
+    def call(*arguments):
+        only = (
+            jax.tree.map(lambda x: x[0], each) if along else each for each, along in zip(arguments, split, strict=True)
+        )
+        return jax.tree.map(lambda x: x[None], function(*only))
+
+    return call
 
 
 @partial(jax.jit, static_argnums=0)

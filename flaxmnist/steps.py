@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt8
 
-from flaxmnist import layers, models, objective, optim
+from flaxmnist import fields, layers, models, objective, optim
 from flaxmnist.augment import augment
 from flaxmnist.config import Config
 from flaxmnist.order import steps_per_epoch
@@ -66,7 +66,7 @@ def train_logits(
     model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
     key, x = stream_key(config.seed, "augment", step), layers.normalise(images)
     x = augment(config.data.augment, key, x, first=part * images.shape[0]).astype(dtype)
-    if isinstance(rate, float | int) and rate == 0:
+    if fields.is_off(rate):
         return model(x).astype(jnp.float32)
     key, layer = stream_key(config.seed, "dropout", step), itertools.count()
 

@@ -1,4 +1,4 @@
-"""Evaluates a run: python launch/evaluate.py WORKDIR [--step latest|best|N] [--split test|validation|train]"""
+"""Evaluates a run or a sweep: python launch/evaluate.py WORKDIR [--step latest|best|N] [--split …] [--ensemble [K]]"""
 
 import sys
 from dataclasses import dataclass
@@ -7,27 +7,52 @@ from typing import Literal
 
 import tyro
 
-from flaxmnist import inspection, program, trained
-from flaxmnist.errors import exit_code
+from flaxmnist import ensembles, inspection, program, trained
+from flaxmnist.errors import UserError, exit_code
 
 
 @dataclass(frozen=True)
 class Arguments:
-    workdir: tyro.conf.Positional[Path]  # the run folder
+    workdir: tyro.conf.Positional[Path]  # the folder of a run or of a sweep
     step: str = "latest"  # which checkpoint: latest, best (by validation accuracy), or a step
     split: Literal["test", "validation", "train"] = "test"  # which images
+    ensemble: int | Literal["all"] | None = None  # of a sweep: so many members of its best setting together; alone: all
     data_dir: Path | None = None  # where data sets lie; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
 
 
 def evaluate(arguments: Arguments) -> None:
-    """Prints loss, accuracy and what became of each class."""
+    """Prints loss, accuracy and what became of each class; of a sweep, members and ensemble."""
     program.keep_programs()
-    seen = trained.evaluate_run(arguments.workdir, arguments.step, arguments.split, arguments.data_dir)
-    print(inspection.class_report(seen))
+    swept = (arguments.workdir / "sweep.json").exists()
+    if swept != (arguments.ensemble is not None):
+        raise UserError(
+            f"{arguments.workdir} is {'' if swept else 'not '}the folder of a sweep: "
+            f"{'give' if swept else 'leave out'} --ensemble"
+        )
+    if swept:
+        size = None if arguments.ensemble == "all" else arguments.ensemble
+        print(ensembles.report(ensembles.evaluate(arguments.workdir, size, arguments.split, arguments.data_dir)))
+    else:
+        seen = trained.evaluate_run(arguments.workdir, arguments.step, arguments.split, arguments.data_dir)
+        print(inspection.class_report(seen))
+
+
+def read(argv: list[str]) -> Arguments:
+    """The arguments; ``--ensemble`` alone means all."""
+    following = [*argv[1:], "--"]
+    argv = (
+        [
+            f"{word}=all" if word == "--ensemble" and not after.isdecimal() else word
+            for word, after in zip(argv, following, strict=True)
+        ]
+        if argv
+        else []
+    )
+    return tyro.cli(Arguments, args=argv, prog="launch/evaluate.py", description=__doc__)
 
 
 def main(argv: list[str]) -> int:
-    return exit_code(lambda: evaluate(tyro.cli(Arguments, args=argv, prog="launch/evaluate.py", description=__doc__)))
+    return exit_code(lambda: evaluate(read(argv)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""The members of a sweep that answer together: the mean of their probabilities."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flaxmnist import evaluation, fields, folders, inspection, statistics
+from flaxmnist.config import Config
+from flaxmnist.data import load_data
+from flaxmnist.errors import UserError
+from flaxmnist.sweeps import load_members, title
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How right a set of answers is, and how right about that."""
+
+    accuracy: float  # share answered rightly
+    calibration_error: float  # expected calibration error
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Members of one setting, alone and together."""
+
+    setting: str
+    count: int  # images
+    members: list[Answers]
+    together: Answers
+
+
+def answers(probabilities: np.ndarray, labels: np.ndarray) -> Answers:
+    """What ``probabilities`` are worth against ``labels``."""
+    accuracy = float((probabilities.argmax(axis=1) == labels).mean())
+    return Answers(accuracy, evaluation.calibration_error(probabilities, labels))
+
+
+def evaluate(workdir: Path, size: int | None, split: str = "test", data_dir: Path | None = None) -> Ensemble:
+    """The first ``size`` members (None: all) of the best setting of the sweep in ``workdir``, by their seeds' order.
+
+    Raises UserError where the sweep is not finished, chose no setting, or has fewer members.
+    """
+    result, about = folders.read_json(workdir / "result.json"), folders.read_json(workdir / "sweep.json")
+    best = result["best"]
+    if best is None:
+        raise UserError(f"{workdir} has no best setting: an ensemble needs validation images, or a single setting")
+    chosen = [
+        model
+        for line, model in load_members(workdir)
+        if (line["experiment"], line["fields"]) == (best["experiment"], best["fields"])
+    ]
+    if size is not None and not 1 <= size <= len(chosen):
+        raise UserError(f"{workdir} has {len(chosen)} members of its best setting: give --ensemble a number up to that")
+    number = result["experiments"].index(best["experiment"])
+    config, source = fields.from_json(about["experiments"][number], Config), about["data"][number]["source"]
+    data = load_data(config.data, data_dir)
+    if data.source != source:
+        raise UserError(f"{workdir} was trained on {source}, but here are {data.source}: give its --data-dir")
+    images = data.splits()[split]
+    if images is None:
+        raise UserError(f"{workdir} has no {split} images: its data.validation is 0")
+    each = [evaluation.predict(model, images.images)[1] for model in chosen[:size]]
+    together = answers(np.mean(each, axis=0), images.labels)
+    return Ensemble(title(best), len(images.labels), [answers(one, images.labels) for one in each], together)
+
+
+def report(ensemble: Ensemble) -> str:
+    """The members and the ensemble as a table."""
+    rows: list[tuple[str, ...]] = [(ensemble.setting, "accuracy", "calibration error")]
+    for name in ("mean", "std", "min", "max"):
+        cells = [
+            statistics.summarise([getattr(one, part) for one in ensemble.members])[name]
+            for part in ("accuracy", "calibration_error")
+        ]
+        rows.append((f"members, {name}", *("" if cell is None else f"{cell:.4f}" for cell in cells)))
+    together = ensemble.together
+    rows.append(
+        (f"ensemble of {len(ensemble.members)}", f"{together.accuracy:.4f}", f"{together.calibration_error:.4f}")
+    )
+    return f"{inspection.table(rows)}\n{ensemble.count} images"

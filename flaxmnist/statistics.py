@@ -1,0 +1,38 @@
+"""What several runs say together. SciPy's distributions, and nothing assumed but that seeds are alike."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def summarise(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    """n, mean, std (of the sample), ci95 (of the mean, by Student's t), min and max; None where n is too small."""
+    x = np.array(values, np.float64)
+    summary: dict[str, Any] = {"n": len(x), "mean": None, "std": None, "ci95": None, "min": None, "max": None}
+    if len(x) > 0:
+        summary |= {"mean": float(x.mean()), "min": float(x.min()), "max": float(x.max())}
+    if len(x) > 1:
+        summary |= {"std": float(x.std(ddof=1)), "ci95": interval(x)}
+    return summary
+
+
+def interval(x: np.ndarray) -> list[float]:
+    """The 95 % confidence interval of the mean of at least two values, by Student's t."""
+    from scipy import stats
+
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return [float(x.mean() - half), float(x.mean() + half)]
+
+
+def compare(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, Any]:
+    """Theirs less ours, paired by common seeds: n, mean, ci95 and the p-value of Student's paired t-test."""
+    from scipy import stats
+
+    seeds = sorted(ours.keys() & theirs.keys())
+    one, other = (np.array([values[seed] for seed in seeds], np.float64) for values in (ours, theirs))
+    comparison: dict[str, Any] = summarise(other - one) | {"p_value": None}
+    # Where every pair differs by the same, there is nothing to test.
+    if len(seeds) > 1 and np.ptp(other - one) > 0:
+        comparison["p_value"] = float(stats.ttest_rel(other, one).pvalue)
+    return {name: comparison[name] for name in ("n", "mean", "ci95", "p_value")}
