@@ -1,5 +1,6 @@
 """MNIST in JAX and Flax: experiments to launch, parts to import."""
 
+from flaxmnist import plots as plots
 from flaxmnist.config import Config, load_experiment
 from flaxmnist.data import Dataset, Split, load_data
 from flaxmnist.evaluation import Evaluation, evaluate, predict

@@ -40,10 +40,11 @@ def by_setting(sweep: Sweep) -> dict[str, list[int]]:
 
 
 def curves(sweep: Sweep) -> "Figure":
-    """Accuracy against the step: mean and standard deviation over seeds, on validation images where there are such."""
+    """Accuracy against the step, mean and standard deviation over seeds: on validation images, else of training."""
     drawn, axes = figure()
     columns = sweep.curves
-    validated = bool(columns["validation"].any())
+    # One evaluation is no curve.
+    validated = len(np.unique(columns["step"][columns["validation"]])) > 1
     for name, members in by_setting(sweep).items():
         if not members:
             continue

@@ -32,7 +32,7 @@ def compare(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, Any]:
     seeds = sorted(ours.keys() & theirs.keys())
     one, other = (np.array([values[seed] for seed in seeds], np.float64) for values in (ours, theirs))
     comparison: dict[str, Any] = summarise(other - one) | {"p_value": None}
-    # Where every pair differs by the same, there is nothing to test.
-    if len(seeds) > 1 and np.ptp(other - one) > 0:
+    # Where every pair differs by the same, but for rounding, there is nothing to test.
+    if len(seeds) > 1 and np.ptp(other - one) > 1e-9:
         comparison["p_value"] = float(stats.ttest_rel(other, one).pvalue)
     return {name: comparison[name] for name in ("n", "mean", "ci95", "p_value")}

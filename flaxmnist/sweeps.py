@@ -37,6 +37,9 @@ TRACED = re.compile(
     r"|model\.(kernel|bias)_init\.\w+"
 )
 
+# Fields that say what is swept, and over which images.
+FIXED = {"name", "seed", "data.name", "data.validation", "data.order_seed"}
+
 # Seconds that a chunk takes at most, about, and after which finished members are kept.
 CHUNK_SECONDS, KEEP_SECONDS = 1.0, 30.0
 
@@ -113,8 +116,10 @@ def run(
     progress = Progress(total, done, members[0].config.train.batch_size)
     try:
         for group in groups_of(members, share_order, exact):
-            group.train(members, mesh, kept, progress, stop or threading.Event())
-            kept.save()
+            try:
+                group.train(members, mesh, kept, progress, stop or threading.Event())
+            finally:
+                kept.save()
     finally:
         progress.close()
     return kept.finish(members)
@@ -134,13 +139,16 @@ def plan(
     for (config, data), setting, seed in itertools.product(experiments, settings, seeds):
         if config.train.patience is not None or config.train.stop_accuracy is not None:
             raise UserError("members of a sweep do not stop early: set train.patience and train.stop_accuracy to None")
-        for name, value in ({"seed": seed} | setting).items():
+        for name, value in setting.items():
+            if name in FIXED:
+                raise UserError(f"{name} cannot be swept: it is given by the experiment and --seeds")
             before = fields.get(config, name)
             value = (value,) if isinstance(before, tuple) and not isinstance(value, tuple) else value
-            config = fields.put(config, name, value)
+            config = fields.put(config, name, value, check=False)
         if share_order:
-            config = fields.put(config, "data.order_seed", seeds[0])
-        config = order.resolve(config, len(data.train.labels))
+            config = fields.put(config, "data.order_seed", seeds[0], check=False)
+        # Checked once all is in its place: some fields make sense together alone.
+        config = order.resolve(replace(config, seed=seed), len(data.train.labels))
         members.append(Member(config, data, dict(setting)))
     if not members:
         raise UserError("there is nothing to train: give at least one seed and one value of each field")
@@ -441,12 +449,13 @@ class Kept:
 
 
 def summaries(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The settings of a sweep, and the best of them.
+    """The settings of a sweep, the best of them, and the others' differences from it.
 
-    Settings are told apart by validation accuracy, or by test accuracy where there are no validation images, and then
-    none is chosen. The test accuracy of the best is told beside it, and the others' differences from it.
+    Settings are told apart by validation accuracy. Where some have no validation images, they are told apart by test
+    accuracy, none is chosen, and the differences are those from the first.
     """
-    split = "test" if all(line["validation_accuracy"] is None for line in lines) else "validation"
+    finished = [line for line in lines if line["failed"] is None]
+    split = "test" if any(line["validation_accuracy"] is None for line in finished) else "validation"
     settings: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         settings.setdefault(json.dumps([line["experiment"], line["fields"]]), []).append(line)
@@ -457,20 +466,18 @@ def summaries(lines: list[dict[str, Any]]) -> dict[str, Any]:
         groups.append(about | {"failed": len(mine) - len(good)} | statistics.summarise(list(good.values())))
         accuracies.append(good)
     whole = [number for number, group in enumerate(groups) if group["failed"] == 0]
-    if not whole or (split == "test" and len(groups) > 1):
-        return {"groups": groups, "best": None, "comparisons": []}
-    best = max(whole, key=lambda number: groups[number]["mean"])
-    tests = [line["test_accuracy"] for line in list(settings.values())[best]]
-    named = ("experiment", "fields")
-    return {
-        "groups": groups,
-        "best": {name: groups[best][name] for name in named} | {"test": statistics.summarise(tests)},
-        "comparisons": [
-            {name: group[name] for name in named} | statistics.compare(accuracies[best], theirs)
-            for number, (group, theirs) in enumerate(zip(groups, accuracies, strict=True))
-            if number != best and len(accuracies[best].keys() & theirs.keys()) > 0
-        ],
-    }
+    best, first = None, 0
+    if whole and (split == "validation" or len(groups) == 1):
+        first = max(whole, key=lambda number: groups[number]["mean"])
+        tests = [line["test_accuracy"] for line in list(settings.values())[first]]
+        best = {name: groups[first][name] for name in ("experiment", "fields")} | {"test": statistics.summarise(tests)}
+    comparisons = [
+        {"experiment": group["experiment"], "fields": group["fields"], "reference": title(groups[first])}
+        | statistics.compare(accuracies[first], theirs)
+        for number, (group, theirs) in enumerate(zip(groups, accuracies, strict=True))
+        if number != first and accuracies[first].keys() & theirs.keys()
+    ]
+    return {"groups": groups, "best": best, "comparisons": comparisons}
 
 
 def report(swept: Sweep) -> str:
@@ -494,7 +501,10 @@ def report(swept: Sweep) -> str:
         if other["ci95"] is not None:
             low, high = other["ci95"]
             tested = "" if other["p_value"] is None else f", p = {other['p_value']:.2g}"
-            told.append(f"  {title(other)}: {other['mean']:+.4f} [{low:+.4f}, {high:+.4f}] of it, same seeds{tested}")
+            told.append(
+                f"{title(other)}: {other['mean']:+.4f} [{low:+.4f}, {high:+.4f}] beside {other['reference']}, "
+                f"same seeds{tested}"
+            )
     told.append(f"{swept.result['replica_steps_per_second']:,.0f} steps/s of all runs together")
     return "\n".join(told)
 
@@ -518,7 +528,7 @@ def read_parts(folder: Path) -> Iterator[dict[str, np.ndarray]]:
     """The parts of a sweep in ``folder``. Raises UserError where one is damaged."""
     for path in sorted(folder.glob("parts/*.npz")):
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 yield dict(arrays)
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} is damaged ({error}): remove it, and --resume trains its members again") from None

@@ -23,6 +23,8 @@ assert run.history[-1]["step"] == 520
 assert run.history[-1]["accuracy"] > 0.95
 assert len(classes) == len(probabilities) == 360
 assert logits.shape == (5, 10)
+assert len(sweep.members) == 24 and len(sweep.groups) == 3
+assert picture.axes[0].get_xlabel() == "optimizer.learning_rate"
 assert abs(float(metrics.batch.loss / metrics.batch.images) - 2.3026) < 1e-4
 """
 
@@ -84,16 +86,41 @@ def test_the_commands_run(tmp_path, digits):
     (tmp_path / "folder").mkdir()
     for name in ("photo.png", "folder/another.png"):
         Image.fromarray(digits.test.images[0, :, :, 0]).save(tmp_path / name)
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
-    section = README.split("## Experiments")[1].split("```")[1]
-    commands = [line.split("#")[0].strip() for line in section.strip().splitlines()]
+    commands = listed("Experiments")
     assert len(commands) == 7
     for command in commands:
         if "train.py" in command:
             command = re.sub(r"--train.steps \d+", "", command) + " --train.steps 2 --data.name digits"
-        words = [sys.executable if word == "python" else word for word in command.split()]
-        subprocess.run(words, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+        run(command, tmp_path)
     assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def listed(section: str) -> list[str]:
+    """The commands of a section's first block."""
+    block = README.split(f"## {section}\n")[1].split("```")[1]
+    return [line.split("#")[0].strip() for line in block.strip().splitlines()]
+
+
+def run(command: str, folder) -> None:
+    words = [sys.executable if word == "python" else word for word in command.split()]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    subprocess.run(words, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("FLAXMNIST_DATA" not in os.environ, reason="FLAXMNIST_DATA names no folder with MNIST")
+def test_the_sweeps_run(tmp_path):
+    """As they stand, but for two seeds and steps."""
+    for name in ("launch", "experiments"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    commands = listed("Sweeps")
+    assert len(commands) == 4
+    for command in commands:
+        if "sweep.py" in command:
+            command = re.sub(r"--seeds \d+", "--seeds 2", command).replace("--random 20", "--random 2")
+            command += " --over train.epochs=None --over train.steps=2"
+        run(f"{command} --data-dir {os.environ['FLAXMNIST_DATA']}", tmp_path)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"rates", "random", "compared"}
 
 
 def test_commands_name_files_that_are_there():

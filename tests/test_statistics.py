@@ -1,0 +1,40 @@
+"""Statistics against worked examples."""
+
+import numpy as np
+import pytest
+
+from flaxmnist import evaluation, statistics
+
+
+def test_a_summary_by_hand():
+    """Student's t for 3 degrees of freedom is 3.182 at 97.5 %."""
+    summary = statistics.summarise([1.0, 2.0, 3.0, 4.0])
+    deviation = (5 / 3) ** 0.5
+    assert summary["n"] == 4
+    assert summary["mean"] == 2.5
+    assert summary["std"] == pytest.approx(deviation)
+    assert summary["ci95"] == pytest.approx([2.5 - 3.1824 * deviation / 2, 2.5 + 3.1824 * deviation / 2], rel=1e-4)
+    assert (summary["min"], summary["max"]) == (1, 4)
+
+
+def test_too_few_values_have_no_spread():
+    assert statistics.summarise([]) == dict.fromkeys(("mean", "std", "ci95", "min", "max")) | {"n": 0}
+    assert statistics.summarise([0.5])["std"] is None
+
+
+def test_a_comparison_pairs_the_seeds():
+    """Differences −1, −2, −3 of the common seeds: t = −2 / (1 / √3)."""
+    ours, theirs = {0: 5.0, 1: 6.0, 2: 7.0, 9: 0.0}, {2: 4.0, 1: 4.0, 0: 4.0, 8: 1.0}
+    comparison = statistics.compare(ours, theirs)
+    assert comparison["n"] == 3
+    assert comparison["mean"] == -2
+    assert comparison["p_value"] == pytest.approx(0.0742, abs=1e-4)
+    for equal in ({0: 1.0, 1: 1.0}, {0: 0.3, 1: 0.4}):
+        assert statistics.compare({0: 0.1, 1: 0.2}, equal | {0: equal[1] - 0.1})["p_value"] is None
+
+
+def test_calibration_error_by_hand():
+    """Two answers at 0.9, one right: off by 0.4; two at 0.6, both right: off by 0.4."""
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+    assert evaluation.calibration_error(probabilities, np.array([0, 1, 1, 1], np.int32)) == pytest.approx(0.4)
+    assert evaluation.calibration_error(np.eye(3), np.arange(3, dtype=np.int32)) == 0

@@ -1,0 +1,377 @@
+"""Many runs at once are the runs they stand for, whatever stops them; and what they say together."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from conftest import MODELS, ROOT, assert_same, small
+
+import flaxmnist as fm
+from flaxmnist import ensembles, plots, program, sweeps
+from flaxmnist.config import SGD, Adam, Exponential, Objective, OneCycle, TruncatedNormal
+from flaxmnist.errors import Stopped, UserError
+
+
+def swept(config, data, **options) -> fm.Sweep:
+    """A sweep on one device, of the eight that the tests see."""
+    return fm.sweep(config, data, devices=1, **options)
+
+
+def training_loss(sweep, member: int) -> np.ndarray:
+    columns = sweep.curves
+    return columns["loss"][(columns["member"] == member) & ~columns["validation"]]
+
+
+def loss_of(run) -> list[float]:
+    return [record["loss"] for record in run.history if record["split"] == "train"]
+
+
+def with_dropout(name: str):
+    return replace(MODELS[name], dropout=0.5) if name != "softmax" else MODELS[name]
+
+
+# --- The same numbers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["softmax", pytest.param("cnn", marks=pytest.mark.slow)])
+def test_members_one_after_another_are_their_runs_to_the_bit(model, few):
+    """Each kind of CNN, and models with batches of their own."""
+    config = small(with_dropout(model), optimizer=Adam(), evaluate_every=7, ema_decay=0.9)
+    sweep = swept(config, few, seeds=[5, 2], over={"optimizer.learning_rate": [1e-3, 1e-2]})
+    assert [(line["fields"]["optimizer.learning_rate"], line["seed"]) for line in sweep.members] == [
+        (1e-3, 5),
+        (1e-3, 2),
+        (1e-2, 5),
+        (1e-2, 2),
+    ]
+    for number, line in enumerate(sweep.members):
+        optimizer = Adam(learning_rate=line["fields"]["optimizer.learning_rate"])
+        run = fm.fit(replace(config, seed=line["seed"], optimizer=optimizer), few, devices=1)
+        assert {name: line[name] for name in line if name in run.result} == {
+            name: run.result[name] for name in line if name in run.result
+        }
+        np.testing.assert_array_equal(training_loss(sweep, number), np.float32(loss_of(run)))
+
+
+VARIED = {
+    "learning rate": (small(steps=50), "optimizer.learning_rate", [0.03, 0.1]),
+    "schedule": (
+        small(steps=50, optimizer=Adam(learning_rate=0.01, schedule=OneCycle())),
+        "optimizer.learning_rate",
+        [0.01, 0.02],
+    ),
+    "decay": (
+        small(steps=50, optimizer=SGD(learning_rate=0.1, schedule=Exponential())),
+        "optimizer.learning_rate",
+        [0.05, 0.1],
+    ),
+    "momentum": (small(steps=50, optimizer=SGD(learning_rate=0.01)), "optimizer.momentum", [0.0, 0.9]),
+    "b1": (small(steps=50, optimizer=Adam(learning_rate=1e-3)), "optimizer.b1", [0.8, 0.95]),
+    "b2": (small(steps=50, optimizer=Adam(learning_rate=1e-3)), "optimizer.b2", [0.99, 0.999]),
+    "weight decay": (small(steps=50, optimizer=Adam(learning_rate=1e-3)), "optimizer.weight_decay", [0.0, 0.1]),
+    "dropout": (small(with_dropout("mlp"), steps=50), "model.dropout", [0.0, 0.4]),
+    "label smoothing": (
+        replace(small(steps=50), objective=Objective(labels="one_hot")),
+        "objective.label_smoothing",
+        [0.0, 0.1],
+    ),
+    "initial scale": (
+        small(replace(MODELS["mlp"], kernel_init=TruncatedNormal(0.1)), steps=50),
+        "model.kernel_init.stddev",
+        [0.05, 0.2],
+    ),
+}
+
+
+QUICK = {"learning rate", "b1"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIED]
+)
+def test_vectorised_members_are_their_runs_to_rounding(name, few, monkeypatch):
+    """After 50 steps, to 1e-5 of the loss, and in one program."""
+    programs = []
+    made = program.Members.__init__
+    monkeypatch.setattr(program.Members, "__init__", lambda self, *a: programs.append(1) or made(self, *a))
+    monkeypatch.setattr(sweeps, "trains_alone", lambda config, share_order: False)
+    config, field, values = VARIED[name]
+    sweep = swept(config, few, seeds=2, over={field: values})
+    assert len(programs) == 1
+    for number, line in enumerate(sweep.members):
+        single = sweeps.fields.put(replace(config, seed=line["seed"]), field, line["fields"][field])
+        run = fm.fit(single, few, devices=1)
+        np.testing.assert_allclose(training_loss(sweep, number), loss_of(run), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_the_devices_share_the_members_out(shares, few):
+    """Five members on two devices: in three rounds of single ones, or one of three and three."""
+    config = small("mlp", steps=8)
+    one, two = (fm.sweep(config, few, seeds=5, share_order=shares, devices=count) for count in (1, 2))
+    assert len(two.members) == 5
+    for a, b in zip(one.members, two.members, strict=True):
+        assert a["seed"] == b["seed"]
+        assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-5)
+        assert shares or a["params_sha256"] == b["params_sha256"]
+
+
+def test_a_shared_order_is_that_of_the_first_seed(few):
+    config = small("mlp", steps=12)
+    sweep = swept(config, few, seeds=[3, 4], share_order=True)
+    for number, seed in enumerate([3, 4]):
+        run = fm.fit(replace(config, seed=seed, data=replace(config.data, order_seed=3)), few, devices=1)
+        np.testing.assert_allclose(training_loss(sweep, number), loss_of(run), rtol=1e-5)
+    exact = swept(config, few, seeds=[3, 4], share_order=True, exact=True)
+    assert exact.members[1]["params_sha256"] == run.result["params_sha256"]
+
+
+def test_fields_that_change_shapes_are_trained_too(few):
+    config = small("mlp", steps=6)
+    sweep = swept(config, few, seeds=1, over={"model.hidden": [8, (8, 4)]})
+    assert [group["fields"] for group in sweep.groups] == [{"model.hidden": 8}, {"model.hidden": (8, 4)}]
+    widths = [fm.fit(sweeps.fields.put(config, "model.hidden", hidden), few, devices=1) for hidden in ((8,), (8, 4))]
+    assert [line["params_sha256"] for line in sweep.members] == [run.result["params_sha256"] for run in widths]
+
+
+def test_as_many_members_at_once_as_memory_holds(few, monkeypatch):
+    config = small(steps=4)
+    programs = []
+    made = program.Members.__init__
+    monkeypatch.setattr(program.Members, "__init__", lambda self, *a: programs.append(self) or made(self, *a))
+    whole = swept(config, few, seeds=8, share_order=True)
+    (eight,) = programs
+    assert eight.size == 8
+    monkeypatch.setattr(sweeps, "memory", lambda mesh: (eight.bytes - 1) / sweeps.MEMORY_SHARE)
+    parts = swept(config, few, seeds=8, share_order=True)
+    assert [each.size for each in programs] == [8, 8, 4]
+    for a, b in zip(whole.members, parts.members, strict=True):
+        assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-5)
+
+
+# --- What comes of it -----------------------------------------------------------------------------------------------
+
+
+def test_a_member_that_diverges_is_marked_and_stops_no_other(few):
+    sweep = swept(small(), few, seeds=2, over={"optimizer.learning_rate": [0.1, 1e38]}, share_order=True)
+    bad, good = ([line for line in sweep.members if (line["failed"] is not None) == failed] for failed in (True, False))
+    assert [line["fields"]["optimizer.learning_rate"] for line in bad] == [1e38] * 2
+    assert all("the loss at step" in line["failed"] and line["test_accuracy"] is None for line in bad)
+    assert len(good) == 2
+    assert [group["failed"] for group in sweep.groups] == [0, 2]
+    assert sweep.result["best"]["fields"] == {"optimizer.learning_rate": 0.1}
+    assert json.loads(json.dumps(sweep.result, allow_nan=False)) == sweep.result
+
+
+def test_the_best_is_chosen_by_validation_images_and_none_without(few):
+    over = {"optimizer.learning_rate": [1e-5, 0.1]}
+    sweep = swept(small(), few, seeds=3, over=over)
+    best = sweep.result["best"]
+    assert best["fields"] == {"optimizer.learning_rate": 0.1}
+    chosen = [line["test_accuracy"] for line in sweep.members if line["fields"] == best["fields"]]
+    assert best["test"]["mean"] == pytest.approx(np.mean(chosen))
+    (other,) = sweep.result["comparisons"]
+    assert other["n"] == 3
+    assert other["mean"] < 0
+    assert other["reference"] == "small optimizer.learning_rate=0.1"
+    without = swept(small(), replace(few, validation=None), seeds=2, over=over)
+    assert {group["split"] for group in without.groups} == {"test"}
+    assert without.result["best"] is None
+    assert without.result["comparisons"][0]["reference"] == "small optimizer.learning_rate=1e-05"
+
+
+@pytest.mark.parametrize("alone", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_stopped_sweep_goes_on_to_the_same_results(alone, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "trains_alone", lambda config, share_order: alone)
+    config = small("mlp", steps=8, evaluate_every=4)
+    settings = [{"optimizer.learning_rate": rate, "train.batch_size": size} for rate in (0.1, 0.2) for size in (8, 16)]
+    settings = settings[1:] if alone else settings
+
+    def run(folder, **options):
+        return sweeps.run([(config, few)], [0, 1], settings, devices=1, workdir=tmp_path / folder, **options)
+
+    whole = run("whole")
+    stop, finish = threading.Event(), sweeps.Block.finish
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps.Block, "finish", lambda *a: stop.set() or finish(*a))
+        with pytest.raises(Stopped, match="--resume goes on with the members that are not finished"):
+            run("cut", stop=stop)
+    (tmp_path / "cut/parts/half.npz.tmp").write_bytes(b"half")
+    kept = len(list((tmp_path / "cut/parts").glob("*.npz")))
+    assert kept >= 1
+    resumed = run("cut", resume=True)
+    assert resumed.members == whole.members
+    assert resumed.groups == whole.groups
+    for name, column in whole.curves.items():
+        np.testing.assert_array_equal(resumed.curves[name], column)
+    monkeypatch.setattr(sweeps.Block, "__init__", None)
+    assert run("cut", resume=True).members == whole.members, "nothing is trained again"
+
+
+def test_a_folder_of_another_sweep_is_left_alone(few, tmp_path):
+    config = small(steps=2)
+    sweeps.run([(config, few)], [0], [{}], devices=1, workdir=tmp_path / "a")
+    with pytest.raises(UserError, match="is not empty: give --resume"):
+        sweeps.run([(config, few)], [0], [{}], devices=1, workdir=tmp_path / "a")
+    with pytest.raises(UserError, match="was begun with other seeds"):
+        sweeps.run([(config, few)], [1], [{}], devices=1, workdir=tmp_path / "a", resume=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/thesis.tex").write_text("years")
+    with pytest.raises(UserError, match="is not the folder of a sweep"):
+        sweeps.run([(config, few)], [0], [{}], devices=1, workdir=tmp_path / "b", overwrite=True)
+    assert (tmp_path / "b/thesis.tex").read_text() == "years"
+
+
+def test_a_damaged_part_is_named_with_its_remedy(few, tmp_path):
+    sweeps.run([(small(steps=2), few)], [0], [{}], devices=1, workdir=tmp_path)
+    (part,) = (tmp_path / "parts").iterdir()
+    part.write_bytes(part.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"{part.name} is damaged .*: remove it, and --resume"):
+        sweeps.run([(small(steps=2), few)], [0], [{}], devices=1, workdir=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"optimizer.lerning_rate": [1]}, "there is no field optimizer.lerning_rate: SGD has no 'lerning_rate'"),
+        ({"model.hidden.size": [1]}, "there is no field model.hidden.size"),
+        ({"model.dropout": [2.0]}, r"model.dropout must lie in \[0, 1\)"),
+        ({"train.patience": [3]}, "do not stop early|train.patience"),
+        ({"train.batch_size": []}, "there is nothing to train"),
+        ({"train.steps": [None]}, "the length is given twice or not at all"),
+        ({"seed": [1, 2]}, "seed cannot be swept"),
+    ],
+)
+def test_what_cannot_be_swept(over, message, few):
+    with pytest.raises(UserError, match=message):
+        swept(small("mlp"), few, seeds=1, over=over)
+
+
+# --- Looking at it --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept(few, tmp_path_factory):
+    """A sweep of two experiments with two rates each, and its folder."""
+    folder = tmp_path_factory.mktemp("kept")
+    config = small("mlp", evaluate_every=5)
+    experiments = [(config, few), (replace(small(evaluate_every=5), name="other"), few)]
+    settings = [{"optimizer.learning_rate": rate} for rate in (0.01, 0.1)]
+    return sweeps.run(experiments, [0, 1, 2], settings, devices=1, workdir=folder), folder
+
+
+def test_weights_load_from_the_folder_alone(kept, few):
+    sweep, folder = kept
+    loaded = sweeps.load_members(folder)
+    assert [line for line, _ in loaded] == sweep.members
+    for line, model in loaded[::5]:
+        assert fm.evaluate(model, *few.test).accuracy == line["test_accuracy"]
+
+
+def test_an_ensemble_is_the_mean_of_its_members_probabilities(kept, few):
+    sweep, folder = kept
+    best = sweep.result["best"]
+    models = [
+        model
+        for line, model in sweeps.load_members(folder)
+        if (line["experiment"], line["fields"]) == (best["experiment"], best["fields"])
+    ]
+    mean = np.mean([fm.predict(model, few.validation.images)[1] for model in models[:2]], axis=0)
+    expected = ensembles.answers(mean, few.validation.labels)
+    assert 0 <= expected.calibration_error <= 1
+    assert expected.accuracy == (mean.argmax(1) == few.validation.labels).mean()
+    config = json.loads((folder / "sweep.json").read_text())["experiments"][0]
+    assert config["data"]["name"] == "digits"
+    with pytest.raises(UserError, match="has 3 members of its best setting"):
+        ensembles.evaluate(folder, 4)
+
+
+def test_every_picture_has_its_axes_named(kept, tmp_path):
+    sweep, _ = kept
+    for picture in (plots.curves(sweep), plots.distribution(sweep), plots.against(sweep, "optimizer.learning_rate")):
+        (axes,) = picture.axes
+        assert "accuracy (%)" in axes.get_xlabel() + axes.get_ylabel()
+    plots.save_sweep(sweep, tmp_path / "plots")
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "curves.png",
+        "distribution.png",
+        "optimizer.learning_rate.png",
+    }
+
+
+def launch(script: str, *arguments) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-W", "error", ROOT / "launch" / f"{script}.py", *arguments]
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    experiment = tmp_path / "small.py"
+    experiment.write_text(
+        "from flaxmnist.config import *\n"
+        "config = Config(name='small', model=Softmax(), optimizer=SGD(learning_rate=0.1), data=Data(name='digits'),\n"
+        "    train=Train(batch_size=50, epochs=2, evaluate_every=10))\n"
+    )
+    arguments = [
+        experiment,
+        "--seeds",
+        3,
+        "--over",
+        "optimizer.learning-rate=0.01,0.1",
+        "--workdir",
+        tmp_path / "swept",
+    ]
+    ended = launch("sweep", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert "best: small optimizer.learning_rate=0.1: test accuracy 0." in ended.stdout
+    assert "same seeds, p = " in ended.stdout
+    again = launch("sweep", *arguments, "--resume")
+    assert again.stdout == ended.stdout
+    refused = launch("sweep", *arguments)
+    assert refused.returncode == 2
+    assert len(refused.stderr.splitlines()) == 1
+    together = launch("evaluate", tmp_path / "swept", "--ensemble")
+    assert together.returncode == 0, together.stderr
+    assert "ensemble of 3" in together.stdout
+    assert "360 images" in together.stdout
+    drawn = launch("sweep", *arguments[:3], "--random", 2, "--over", "optimizer.learning-rate=1e-3..1,log")
+    assert drawn.returncode == 2, "no --workdir"
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_as_if_it_had_not_been(tmp_path):
+    """Killed for good when the first part is written."""
+    arguments = [ROOT / "experiments/quickstart.py", "--seeds", 3, "--over", "train.epochs=4,6", "--workdir"]
+    whole = launch("sweep", *arguments, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, ROOT / "launch/sweep.py", *arguments, tmp_path / "cut"]
+    with subprocess.Popen(list(map(str, command)), env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}) as process:
+        while not list((tmp_path / "cut").glob("parts/*.npz")):
+            assert process.poll() is None
+        process.kill()
+    resumed = launch("sweep", *arguments, tmp_path / "cut", "--resume")
+    assert "going on with 3 members finished" in resumed.stderr
+    one, other = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "cut"))
+    assert one["members"] == other["members"]
+    with np.load(tmp_path / "whole/curves.npz") as a, np.load(tmp_path / "cut/curves.npz") as b:
+        assert_same(dict(a), dict(b))
+
+
+def test_members_see_no_array_of_each_other(few):
+    """Not a byte is exchanged between the devices."""
+    from flaxmnist import order, parallel, scaling
+
+    config = order.resolve(small("mlp", steps=4), 70)
+    mesh = parallel.make_mesh(4)
+    compiled = program.Members(config, (), few, program.place(few.train, mesh), mesh, 2, False)
+    assert scaling.exchanged_bytes(compiled) == 0
+    assert jax.device_count() == 8
