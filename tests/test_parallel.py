@@ -56,7 +56,7 @@ def test_nor_does_what_is_drawn_for_an_image(backend, devices, digits, on_one_de
     assert_close(fm.fit(config, digits, backend=backend, devices=devices), on_one_device(config), 1e-5)
 
 
-@pytest.mark.parametrize("backend", ["jit", "pmap"])
+@pytest.mark.parametrize("backend", [slow("jit"), "pmap"])
 def test_a_last_batch_of_96_on_devices_that_get_none_of_it(backend, digits):
     """Of 128 places, eight devices have 16 each: the last two of them nothing but filling."""
     config = fm.load_experiment(ROOT / "experiments/mlp_scratch.py")
@@ -79,7 +79,7 @@ def test_losses_agree_while_rounding_grows(digits):
         np.testing.assert_allclose(losses, one, rtol=0.02)
 
 
-@pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8)])
+@pytest.mark.parametrize(("before", "after"), [slow(8, 1), (1, 8)])
 def test_a_run_goes_on_with_another_number_of_devices(before, after, few, tmp_path):
     config = small("mlp", evaluate_every=5, checkpoint_every=5)
     whole = fm.fit(config, few, devices=1)

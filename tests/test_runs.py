@@ -4,7 +4,6 @@ import json
 import threading
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 from conftest import MODELS, assert_same, small
@@ -358,18 +357,6 @@ def test_probabilities_are_those_of_the_step_that_follows(few):
 def test_a_trace_of_steady_steps(few, tmp_path):
     fit(small(steps=30), few, profile=tmp_path / "trace")
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
-
-
-def test_batches_must_divide_by_the_devices(few):
-    with pytest.raises(UserError, match="batch_size 20 does not divide by 8 devices: take 16 or 24"):
-        fm.fit(small(batch_size=20), few)
-
-
-def test_all_devices_give_what_one_gives(few):
-    one, eight = fit(small("cnn"), few), fm.fit(small("cnn"), few)
-    assert (one.result["devices"], eight.result["devices"]) == (1, 8)
-    for a, b in zip(jax.tree.leaves(one.state.params), jax.tree.leaves(eight.state.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_file_order_needs_the_original_files(few):
