@@ -5,11 +5,12 @@ from flaxmnist.config import Config, load_experiment
 from flaxmnist.data import Dataset, Split, load_data
 from flaxmnist.evaluation import Evaluation, evaluate, predict
 from flaxmnist.models import CNN, MLP, Softmax, make_model
+from flaxmnist.parts import Sweep
 from flaxmnist.results import Run
 from flaxmnist.runs import fit
 from flaxmnist.state import Batch, TrainState
 from flaxmnist.steps import create_state, train_step, train_steps
-from flaxmnist.sweeps import Sweep, sweep
+from flaxmnist.sweeps import sweep
 from flaxmnist.trained import Trained, load_run
 
 __version__ = "0.1.0"

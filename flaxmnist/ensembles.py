@@ -9,7 +9,7 @@ from flaxmnist import evaluation, fields, folders, inspection, statistics
 from flaxmnist.config import Config
 from flaxmnist.data import load_data
 from flaxmnist.errors import UserError
-from flaxmnist.sweeps import load_members, title
+from flaxmnist.parts import load_members
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def evaluate(workdir: Path, size: int | None, split: str = "test", data_dir: Pat
         raise UserError(f"{workdir} has no {split} images: its data.validation is 0")
     each = [evaluation.predict(model, images.images)[1] for model in chosen[:size]]
     together = answers(np.mean(each, axis=0), images.labels)
-    return Ensemble(title(best), len(images.labels), [answers(one, images.labels) for one in each], together)
+    return Ensemble(statistics.title(best), len(images.labels), [answers(one, images.labels) for one in each], together)
 
 
 def report(ensemble: Ensemble) -> str:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flaxmnist.logs import logger
+from flaxmnist.parts import Sweep
 from flaxmnist.statistics import summarise
-from flaxmnist.sweeps import Sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,5 +1,6 @@
 """What several runs say together. SciPy's distributions, and nothing assumed but that seeds are alike."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,3 +37,40 @@ def compare(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, Any]:
     if len(seeds) > 1 and np.ptp(other - one) > 1e-9:
         comparison["p_value"] = float(stats.ttest_rel(other, one).pvalue)
     return {name: comparison[name] for name in ("n", "mean", "ci95", "p_value")}
+
+
+def summaries(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The settings of a sweep, the best of them, and the others' differences from it.
+
+    Settings are told apart by validation accuracy. Where some have no validation images, they are told apart by test
+    accuracy, none is chosen, and the differences are those from the first.
+    """
+    finished = [line for line in lines if line["failed"] is None]
+    split = "test" if any(line["validation_accuracy"] is None for line in finished) else "validation"
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        settings.setdefault(json.dumps([line["experiment"], line["fields"]]), []).append(line)
+    groups, accuracies = [], []
+    for mine in settings.values():
+        good = {line["seed"]: line[f"{split}_accuracy"] for line in mine if line["failed"] is None}
+        about = {"experiment": mine[0]["experiment"], "fields": mine[0]["fields"], "split": split}
+        groups.append(about | {"failed": len(mine) - len(good)} | summarise(list(good.values())))
+        accuracies.append(good)
+    whole = [number for number, group in enumerate(groups) if group["failed"] == 0]
+    best, first = None, 0
+    if whole and (split == "validation" or len(groups) == 1):
+        first = max(whole, key=lambda number: groups[number]["mean"])
+        tests = [line["test_accuracy"] for line in list(settings.values())[first]]
+        best = {name: groups[first][name] for name in ("experiment", "fields")} | {"test": summarise(tests)}
+    comparisons = [
+        {"experiment": group["experiment"], "fields": group["fields"], "reference": title(groups[first])}
+        | compare(accuracies[first], theirs)
+        for number, (group, theirs) in enumerate(zip(groups, accuracies, strict=True))
+        if number != first and accuracies[first].keys() & theirs.keys()
+    ]
+    return {"groups": groups, "best": best, "comparisons": comparisons}
+
+
+def title(line: dict[str, Any]) -> str:
+    """A setting by name."""
+    return " ".join([line["experiment"], *(f"{name}={value}" for name, value in line["fields"].items())])

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 import flaxmnist as fm
-from flaxmnist import logs, plots, program, settings, signals, sweeps
+from flaxmnist import logs, parts, plots, program, settings, signals, sweeps
 from flaxmnist.errors import UserError, exit_code
 
 
@@ -51,7 +51,7 @@ def sweep(arguments: Arguments) -> None:
             stop=stop,
         )
     plots.save_sweep(swept, arguments.workdir / "plots")
-    print(sweeps.report(swept))
+    print(parts.report(swept))
 
 
 def main(argv: list[str]) -> int:

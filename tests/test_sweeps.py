@@ -13,7 +13,7 @@ import pytest
 from conftest import MODELS, ROOT, assert_same, small
 
 import flaxmnist as fm
-from flaxmnist import ensembles, plots, program, sweeps
+from flaxmnist import ensembles, parts, plots, program, sweeps
 from flaxmnist.config import SGD, Adam, Exponential, Objective, OneCycle, TruncatedNormal
 from flaxmnist.errors import Stopped, UserError
 
@@ -150,9 +150,9 @@ def test_as_many_members_at_once_as_memory_holds(few, monkeypatch):
     (eight,) = programs
     assert eight.size == 8
     monkeypatch.setattr(sweeps, "memory", lambda mesh: (eight.bytes - 1) / sweeps.MEMORY_SHARE)
-    parts = swept(config, few, seeds=8, share_order=True)
+    halves = swept(config, few, seeds=8, share_order=True)
     assert [each.size for each in programs] == [8, 8, 4]
-    for a, b in zip(whole.members, parts.members, strict=True):
+    for a, b in zip(whole.members, halves.members, strict=True):
         assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-5)
 
 
@@ -269,7 +269,7 @@ def kept(few, tmp_path_factory):
 
 def test_weights_load_from_the_folder_alone(kept, few):
     sweep, folder = kept
-    loaded = sweeps.load_members(folder)
+    loaded = parts.load_members(folder)
     assert [line for line, _ in loaded] == sweep.members
     for line, model in loaded[::5]:
         assert fm.evaluate(model, *few.test).accuracy == line["test_accuracy"]
@@ -280,7 +280,7 @@ def test_an_ensemble_is_the_mean_of_its_members_probabilities(kept, few):
     best = sweep.result["best"]
     models = [
         model
-        for line, model in sweeps.load_members(folder)
+        for line, model in parts.load_members(folder)
         if (line["experiment"], line["fields"]) == (best["experiment"], best["fields"])
     ]
     mean = np.mean([fm.predict(model, few.validation.images)[1] for model in models[:2]], axis=0)
