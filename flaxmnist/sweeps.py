@@ -87,6 +87,9 @@ def run(
     stop: threading.Event | None = None,
 ) -> Sweep:
     """``sweep`` of several experiments over given ``settings``, kept in ``workdir`` where there is one."""
+    names = [config.name for config, _ in experiments]
+    if len(set(names)) < len(names):
+        raise UserError(f"experiments of a sweep need names of their own, but these are {', '.join(names)}")
     mesh = parallel.make_mesh(devices)
     members = plan(experiments, seeds, settings, share_order)
     kept = Kept(workdir, described(experiments, seeds, settings, share_order, exact, mesh), resume, overwrite)
@@ -156,8 +159,10 @@ class Group:
     alone: bool  # whether they are trained one after another
     share_order: bool
 
-    def train(self, members: list[Member], mesh: Mesh, kept: "Kept", progress: Progress, stop: threading.Event) -> None:
+    def train(self, members: list[Member], mesh: Mesh, kept: Kept, progress: Progress, stop: threading.Event) -> None:
         """Trains those that are not kept yet."""
+        if set(self.numbers) <= kept.results.keys():
+            return
         first = members[self.numbers[0]]
         train = program.place(first.data.train, mesh)
         compiled = self.compile(first, train, mesh)

@@ -211,7 +211,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_results(alone, few, tmp_path, monke
     assert resumed.groups == whole.groups
     for name, column in whole.curves.items():
         np.testing.assert_array_equal(resumed.curves[name], column)
-    monkeypatch.setattr(sweeps.Block, "__init__", None)
+    monkeypatch.setattr(program.Members, "__init__", None)
     assert run("cut", resume=True).members == whole.members, "nothing is trained again"
 
 
@@ -252,6 +252,11 @@ def test_a_damaged_part_is_named_with_its_remedy(few, tmp_path):
 def test_what_cannot_be_swept(over, message, few):
     with pytest.raises(UserError, match=message):
         swept(small("mlp"), few, seeds=1, over=over)
+
+
+def test_two_experiments_of_one_name_cannot_be_told_apart(few):
+    with pytest.raises(UserError, match="names of their own, but these are small, small"):
+        sweeps.run([(small(), few), (small("mlp"), few)], [0], [{}], devices=1)
 
 
 # --- Looking at it --------------------------------------------------------------------------------------------------
