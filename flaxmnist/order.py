@@ -8,7 +8,7 @@ import functools
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64, UInt64
 
 from flaxmnist.config import Config
 from flaxmnist.errors import UserError
@@ -22,9 +22,16 @@ def permutation(order_seed: int, epoch: int, count: int) -> Int32[np.ndarray, " 
     NumPy's own ``permutation`` carries no such promise.
     """
     key = np.array([order_seed, epoch], np.uint64)
-    order = np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable").astype(np.int32)
+    order = sort(np.random.Philox(key=key).random_raw(count)).astype(np.int32)
     order.flags.writeable = False
     return order
+
+
+def sort(keys: UInt64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """The places of ``keys`` in ascending order, those of equal ones as they stand."""
+    # NumPy's fastest sort takes a fifth of the stable one's time, and differs from it for equal keys alone.
+    order = np.argsort(keys)
+    return order if np.all(np.diff(keys[order]) > 0) else np.argsort(keys, kind="stable")
 
 
 def steps_per_epoch(config: Config, count: int) -> int:

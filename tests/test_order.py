@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flaxmnist import config
+from flaxmnist import config, order
 from flaxmnist.errors import UserError
 from flaxmnist.order import batch_indices, permutation, resolve, steps_per_epoch
 
@@ -102,3 +102,11 @@ def test_order_seed_stands_in_for_the_seed():
     assert np.array_equal(by_seed, by_order_seed)
     assert np.array_equal(batch_indices(zero, 20, 0, 5), batch_indices(dataclasses.replace(zero, seed=9), 20, 0, 5))
     assert not np.array_equal(by_seed, batch_indices(zero, 20, 0, 5))
+
+
+def test_equal_keys_keep_their_order():
+    """However the machine sorts: two of 60,000 random keys are equal once in ten thousand million epochs."""
+    keys = np.random.Philox(key=1).random_raw(5000) % 7
+    assert order.sort(keys).tolist() == sorted(range(5000), key=lambda place: keys[place])
+    distinct = np.random.Philox(key=2).random_raw(5000)
+    np.testing.assert_array_equal(order.sort(distinct), np.argsort(distinct, kind="stable"))
