@@ -96,9 +96,14 @@ def get(value: Any, name: str) -> Any:
 
 
 def put(value: Any, name: str, new: Any, *, check: bool = True) -> Any:
-    """``value`` with the field of dotted ``name`` set to ``new``; without ``check``, ``new`` may be traced."""
+    """``value`` with the field of dotted ``name`` set to ``new``; without ``check``, ``new`` may be traced.
+
+    Where a tuple is wanted, a list stands for one, and so does its only item.
+    """
     first, _, rest = name.partition(".")
     inner = put(getattr(value, first), rest, new, check=check) if rest else new
+    if not rest and isinstance(getattr(value, first), tuple):
+        inner = tuple(new) if isinstance(new, tuple | list) else (new,)
     if check:
         return dataclasses.replace(value, **{first: inner})
     changed = copy.copy(value)

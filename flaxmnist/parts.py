@@ -222,9 +222,6 @@ def load_members(folder: Path) -> list[tuple[dict[str, Any], nnx.Module]]:
             line = json.loads(str(text))
             config, data = shells[line["experiment"]]
             for name, value in line["fields"].items():
-                value = tuple(value) if isinstance(value, list) else value
-                before = fields.get(config, name)
-                value = (value,) if isinstance(before, tuple) and not isinstance(value, tuple) else value
                 config = fields.put(config, name, value, check=False)
             make = partial(models.make_model, config.model, tuple(data["shape"]), data["classes"])
             graphdef, variables = nnx.split(nnx.eval_shape(lambda make=make: make(nnx.Rngs(0))))

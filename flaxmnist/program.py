@@ -65,7 +65,7 @@ class Program:
         self.config, self.train = config, train
         self.capacity = min(LONGEST, config.train.length)
         self.whole, self.columns = parallel.whole(mesh), parallel.split_columns(mesh)
-        # The indices of a step's images: a row for jit, which cuts it itself, and one for each device of pmap.
+        # The indices of a step's images are one row for jit, and one for each device for pmap.
         batch = config.train.batch_size
         self.rows = (batch,) if backend == "jit" else (mesh.size, batch // mesh.size)
         if backend == "jit":
@@ -140,14 +140,14 @@ class Members:
             return steps.train_steps(member(seed, values), state, images, labels, indices, count)
 
         def compiled(function, split: tuple[bool, ...], donated: tuple[int, ...] = ()):
-            axes = tuple(0 if each else None for each in split)
+            axes = tuple(0 if along else None for along in split)
             function = jax.vmap(function, axes) if each > 1 else alone(function, split)
             if mesh.size > 1:
-                specs = tuple(P(parallel.BATCH) if each else P() for each in split)
+                specs = tuple(P(parallel.BATCH) if along else P() for along in split)
                 function = jax.shard_map(
                     function, mesh=mesh, in_specs=specs, out_specs=P(parallel.BATCH), check_vma=False
                 )
-            shardings = tuple(self.split if each else self.whole for each in split)
+            shardings = tuple(self.split if along else self.whole for along in split)
             return jax.jit(function, in_shardings=shardings, out_shardings=self.split, donate_argnums=donated)
 
         seeds, values = np.zeros(self.size, np.int32), np.zeros((self.size, len(names)), np.float32)
@@ -175,7 +175,7 @@ class Members:
 
     @property
     def bytes(self) -> int:
-        """The memory that training takes on a device, beside the images."""
+        """The memory that training takes on a device."""
         memory = self.compiled.memory_analysis()
         if memory is None:
             return 0

@@ -124,8 +124,7 @@ def plan(
         for name, value in setting.items():
             if name in FIXED:
                 raise UserError(f"{name} cannot be swept: it is given by the experiment and --seeds")
-            before = fields.get(config, name)
-            value = (value,) if isinstance(before, tuple) and not isinstance(value, tuple) else value
+            fields.get(config, name)  # raises where there is no such field
             config = fields.put(config, name, value, check=False)
         if share_order:
             config = fields.put(config, "data.order_seed", seeds[0], check=False)
