@@ -1,95 +1,141 @@
 """Saving and restoring a run with orbax; nothing else in the package knows it.
 
-A checkpoint is one folder a step, whole once its name is there: orbax writes beside it and renames. It holds the
-arrays of the ``TrainState`` and a JSON object ``about``.
+A checkpoint is one folder a step: the arrays of the ``TrainState``, the records up to there, and a manifest. It is
+whole once its name is there, for orbax writes beside it and renames; what happened to it since, the manifest tells.
 """
 
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import re
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as managers
 
+from flaxmnist import hosts, manifest
 from flaxmnist.errors import UserError
+from flaxmnist.manifest import Saved, best, steps
 from flaxmnist.state import TrainState
 
 ARRAYS = ("step", "params", "opt_state", "ema", "epoch")
 
-# What stands for the validation accuracy of a checkpoint saved between evaluations: less than any.
-NOT_EVALUATED = -1.0
+LIBC = ctypes.CDLL(None)
+
+# Orbax tells of each failure with a traceback, before it raises it.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
-def validation_accuracy(metrics: dict[str, float]) -> float:
-    return metrics.get("accuracy", NOT_EVALUATED)
+def restore(folder: Path, step: int, like: TrainState) -> TrainState:
+    """The state saved at ``step``, with the shapes, types and shardings of ``like``. Raises UserError."""
+    arrays = {name: getattr(like, name) for name in ARRAYS}
+    try:
+        with contextlib.closing(ocp.Checkpointer(ocp.StandardCheckpointHandler())) as checkpointer:
+            found = checkpointer.restore(folder.absolute() / str(step), args=ocp.args.StandardRestore(arrays))
+    except Exception as error:  # Orbax raises all kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"checkpoint {folder / str(step)} is of another model: give the experiment it was saved of, or --overwrite "
+            f"to begin anew ({reason})"
+        ) from error
+    return TrainState(graphdef=like.graphdef, **found)
 
 
 class Checkpoints:
-    """The checkpoints under one folder: the newest few, and the best by validation accuracy."""
+    """The checkpoints of a run that is going: the newest few, and the best by validation accuracy."""
 
-    def __init__(self, folder: Path, keep: int = 2, read_only: bool = False):
-        """``keep`` is how many of the newest to keep. ``read_only`` leaves a run that is still going in peace."""
-        newest, best = managers.LatestN(keep), managers.BestN(get_metric_fn=validation_accuracy, n=1)
-        self.folder = folder
-        self.manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                best_fn=validation_accuracy,
-                preservation_policy=managers.AnyPreservationPolicy([newest, best]),
-                cleanup_tmp_directories=not read_only,
-                create=not read_only,
-            ),
-        )
+    def __init__(self, folder: Path, keep: int, last: int | None = None):
+        """``keep`` is how many of the newest to keep, ``last`` the step of the newest that is whole."""
+        self.folder, self.keep, self.last = folder, keep, last
+        self.checkpointer: ocp.AsyncCheckpointer | None = None
+        self.saving: Saved | None = None
 
-    def save(self, state: TrainState, about: dict[str, Any], accuracy: float | None) -> None:
-        """Saves in the background. ``accuracy`` is the validation accuracy, where this state has been evaluated."""
+    def clear(self) -> None:
+        """Removes what a killed run left unfinished, and puts aside what is newer than ``last``, which is damaged."""
+        for path in self.folder.glob("*"):
+            if path.name.isdecimal() and (self.last is None or int(path.name) > self.last):
+                aside = path.with_name(f"{path.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+        self.remove_unfinished()
+
+    def remove_unfinished(self) -> None:
+        for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def save(self, state: TrainState, about: dict[str, Any], records: bytes) -> None:
+        """Begins to save in the background, once the one before is on the disk. Raises OSError."""
+        self.wait()
         # A copy, since the training program takes over the buffers of the state itself.
         arrays = {name: jax.tree.map(jnp.copy, getattr(state, name)) for name in ARRAYS}
-        self.manager.save(
-            int(state.step),
-            args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)),
-            metrics={"accuracy": NOT_EVALUATED if accuracy is None else accuracy},
-        )
-
-    def find(self, which: str = "latest") -> int | None:
-        """The step of the checkpoint called ``which``: "latest", "best" or a step. None where there is none at all.
-
-        Raises UserError where there are some but not that one.
-        """
-        steps = sorted(self.manager.all_steps())
-        if not steps or which == "latest":
-            return steps[-1] if steps else None
-        if which == "best":
-            best = self.manager.best_step()
-            if best is None or validation_accuracy(self.manager.metrics(best) or {}) == NOT_EVALUATED:
-                raise UserError(
-                    f"{self.folder} has no best checkpoint: none was saved at a step evaluated on validation images "
-                    "(data.validation, train.evaluate_every); take --step latest"
-                )
-            return best
-        if not which.isdecimal() or int(which) not in steps:
-            raise UserError(f"{self.folder} has no checkpoint {which}: give latest, best or one of {steps}")
-        return int(which)
-
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state and ``about`` saved at ``step``, with the shapes, types and shardings of ``like``."""
-        arrays = {name: getattr(like, name) for name in ARRAYS}
+        self.saving = Saved(int(state.step), about, records)
+        needed = len(records) + sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         try:
-            saved = self.manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays), about=ocp.args.JsonRestore())
+            # Orbax would find out only in the middle, and leave tracebacks of its threads.
+            if shutil.disk_usage(self.folder.parent).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self.checkpointer is None:
+                options = ocp.AsyncOptions(
+                    post_finalization_callback=self.complete, create_directories_asynchronously=False
+                )
+                self.checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options)
+            self.checkpointer.save(
+                self.folder.absolute() / str(self.saving.step), args=ocp.args.StandardSave(arrays), force=True
             )
-        except Exception as error:  # Orbax raises all kinds for a damaged file
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} is damaged or of another model: remove that folder to go on "
-                f"from the one before it, or give --overwrite to begin anew ({reason})"
-            ) from error
-        return TrainState(graphdef=like.graphdef, **saved["state"]), saved["about"]
+        except Exception as error:
+            self.fail(error)
+
+    def complete(self) -> None:
+        """Adds to what orbax has written, in its thread and before it gives the checkpoint its name."""
+        assert self.saving is not None
+        (unfinished,) = self.folder.glob(f"{self.saving.step}.orbax-checkpoint-tmp*")
+        (unfinished / manifest.RECORDS).write_bytes(self.saving.records)
+        manifest.write(unfinished, self.saving.about)
+
+    def check(self) -> None:
+        """Raises OSError where saving has failed in the meantime."""
+        if self.checkpointer is not None:
+            try:
+                self.checkpointer.check_for_errors()
+            except Exception as error:
+                self.fail(error)
 
     def wait(self) -> None:
-        """Returns when everything saved is on the disk; raises what went wrong in the background."""
-        self.manager.wait_until_finished()
+        """Returns when everything saved is on the disk, and what need not be kept removed. Raises OSError."""
+        if self.checkpointer is None or self.saving is None:
+            return
+        try:
+            self.checkpointer.wait_until_finished()
+        except Exception as error:
+            self.fail(error)
+        self.last, self.saving = self.saving.step, None
+        # What orbax's threads have freed, glibc keeps for them: 50 kB more with every checkpoint.
+        if hasattr(LIBC, "malloc_trim"):
+            LIBC.malloc_trim(0)
+        if hosts.is_first():
+            there = steps(self.folder)
+            for step in set(there) - {*there[: self.keep], best(self.folder, there)}:
+                shutil.rmtree(self.folder / str(step), ignore_errors=True)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Raises as OSError what orbax raised, and forgets the checkpointer, which is of no use afterwards."""
+        self.checkpointer, self.saving = None, None
+        if hosts.is_first():
+            self.remove_unfinished()
+        if isinstance(error, OSError):
+            raise error
+        told = " ".join(str(error).split())
+        code = re.search(r"os_error_code='(\d+)'", told)
+        raise (OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(told[:300])) from error
 
     def close(self) -> None:
-        self.manager.close()
+        """Waits for what is being saved; whether it could be no longer matters."""
+        with contextlib.suppress(OSError):
+            self.wait()
+        if self.checkpointer is not None:
+            self.checkpointer.close()

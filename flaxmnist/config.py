@@ -227,6 +227,7 @@ class Train:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of a training step; weights stay float32 beside it
     ema_decay: float | None = None  # decay a step of an average of the weights that evaluation uses; None: none
     stop_accuracy: float | None = None  # stop at this validation accuracy, a fraction; None: never
+    skip_nonfinite: int = 0  # steps in a row left out where loss or gradient is not finite, before the run ends
     patience: int | None = None  # stop after this many evaluations without a better one; None: never
 
     @property
@@ -278,6 +279,7 @@ def rules(config: Config) -> Iterator[tuple[bool, str]]:
     yield from bounds("data.augment.", data.augment, 0, 1, "scale", open_high=True)
     counts = ("batch_size", "steps", "epochs", "log_every", "evaluate_every", "checkpoint_every", "keep", "patience")
     yield from bounds("train.", train, 1, whole, *counts)
+    yield from bounds("train.", train, 0, whole, "skip_nonfinite")
     yield from bounds("train.", train, 0, 1, "ema_decay", open_high=True)
     yield from bounds("train.", train, 0, 1, "stop_accuracy", open_low=True)
     yield (

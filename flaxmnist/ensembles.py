@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from flax import nnx
 
 from flaxmnist import evaluation, fields, folders, inspection, statistics
 from flaxmnist.config import Config
@@ -41,6 +42,23 @@ def evaluate(workdir: Path, size: int | None, split: str = "test", data_dir: Pat
 
     Raises UserError where the sweep is not finished, chose no setting, or has fewer members.
     """
+    with folders.as_saved(workdir):
+        setting, config, source, chosen = best_members(workdir)
+    if size is not None and not 1 <= size <= len(chosen):
+        raise UserError(f"{workdir} has {len(chosen)} members of its best setting: give --ensemble a number up to that")
+    data = load_data(config.data, data_dir)
+    if data.source != source:
+        raise UserError(f"{workdir} was trained on {source}, but here are {data.source}: give its --data-dir")
+    images = data.splits()[split]
+    if images is None:
+        raise UserError(f"{workdir} has no {split} images: its data.validation is 0")
+    each = [evaluation.predict(model, images.images)[1] for model in chosen[:size]]
+    together = answers(np.mean(each, axis=0), images.labels)
+    return Ensemble(setting, len(images.labels), [answers(one, images.labels) for one in each], together)
+
+
+def best_members(workdir: Path) -> tuple[str, Config, str, list[nnx.Module]]:
+    """The best setting of the sweep in ``workdir`` in words, its config, the source of its data, and its models."""
     result, about = folders.read_json(workdir / "result.json"), folders.read_json(workdir / "sweep.json")
     best = result["best"]
     if best is None:
@@ -50,19 +68,9 @@ def evaluate(workdir: Path, size: int | None, split: str = "test", data_dir: Pat
         for line, model in load_members(workdir)
         if (line["experiment"], line["fields"]) == (best["experiment"], best["fields"])
     ]
-    if size is not None and not 1 <= size <= len(chosen):
-        raise UserError(f"{workdir} has {len(chosen)} members of its best setting: give --ensemble a number up to that")
     number = result["experiments"].index(best["experiment"])
-    config, source = fields.from_json(about["experiments"][number], Config), about["data"][number]["source"]
-    data = load_data(config.data, data_dir)
-    if data.source != source:
-        raise UserError(f"{workdir} was trained on {source}, but here are {data.source}: give its --data-dir")
-    images = data.splits()[split]
-    if images is None:
-        raise UserError(f"{workdir} has no {split} images: its data.validation is 0")
-    each = [evaluation.predict(model, images.images)[1] for model in chosen[:size]]
-    together = answers(np.mean(each, axis=0), images.labels)
-    return Ensemble(statistics.title(best), len(images.labels), [answers(one, images.labels) for one in each], together)
+    config = fields.from_json(about["experiments"][number], Config)
+    return statistics.title(best), config, about["data"][number]["source"], chosen
 
 
 def report(ensemble: Ensemble) -> str:

@@ -40,6 +40,9 @@ def exit_code(command: Callable[[], None]) -> int:
     except (UserError, Diverged, BelowTarget, Stopped) as ending:
         print(f"flaxmnist: {ending}", file=sys.stderr)
         return ending.exit_code
+    except KeyboardInterrupt:
+        print("flaxmnist: stopped", file=sys.stderr)
+        return Stopped.exit_code
     except SystemExit as ending:
         # The argument parser has said what it had to say.
         return ending.code if isinstance(ending.code, int) else int(ending.code is not None)

@@ -1,11 +1,14 @@
 """The run folder: what lies in it, and whether a run may begin or go on there."""
 
+import contextlib
 import itertools
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flaxmnist import fields
+from flaxmnist import fields, manifest
 from flaxmnist.config import Config
 from flaxmnist.data import Dataset
 from flaxmnist.errors import UserError
-from flaxmnist.logs import logger, write_json
+from flaxmnist.lock import Lock
+from flaxmnist.logs import logger, read_records, write_json
 
-CONTENTS = ("config.json", "metrics.jsonl", "checkpoints", "result.json", "tensorboard", "plots")
+CONTENTS = {"config.json", "metrics.jsonl", "checkpoints", "result.json", "tensorboard", "plots", "lock"}
+
+# Seconds between the last attempts to save, at the end.
+LAST_RETRIES = (0.5, 2.0, 5.0)
 
 # What a resumed run may do otherwise than it began. The length of the run is among them.
 MAY_DIFFER = {"train.steps", "train.epochs", "train.keep", "train.report"} | {
@@ -33,11 +40,50 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no run folder: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return value
+
+
+def read_described(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` in ``folder`` holds or, where it is damaged or gone, the newest checkpoint knows of it."""
+    try:
+        return read_json(folder / "config.json")
+    except UserError as error:
+        saved = manifest.newest(folder / "checkpoints")
+        if saved is None:
+            raise
+        logger.warning("%s: taken from the checkpoint at step %d", error, saved.step)
+        return saved.about["run"]
+
+
+def newest_step(folder: Path, config: Config) -> int | None:
+    """The step that a run of ``config`` goes on from in ``folder``; None for the beginning. Raises UserError."""
+    saved = manifest.newest(folder / "checkpoints")
+    if saved is not None:
+        check_longer(folder, saved.step, config)
+        return saved.step
+    if manifest.steps(folder / "checkpoints"):
+        logger.warning("no checkpoint in %s is whole: the run begins anew", folder)
+    return None
+
+
+def unwritable(folder: Path, error: OSError) -> UserError:
+    """What to say where ``folder`` cannot be written to."""
+    return UserError(f"cannot write to {folder}: {error.strerror or error}; mend that, or give another --workdir")
+
+
+@contextlib.contextmanager
+def as_saved(folder: Path) -> Iterator[None]:
+    """Within the block, what the files of ``folder`` lack, or hold in place of what was saved, raises UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"a file of {folder} does not hold what was saved there: {error!r}") from error
 
 
 def describe(config: Config, data: Dataset, mesh: Mesh, backend: str, experiment: str | Path | None) -> dict[str, Any]:
@@ -88,44 +134,91 @@ def versions() -> dict[str, str]:
 
 
 def fresh(name: str) -> Path:
-    """A folder for a new run, not made yet: ``runs/NAME-YYYYMMDD-HHMMSS``, numbered where that is there already."""
+    """A new folder for a run: ``runs/NAME-YYYYMMDD-HHMMSS``, numbered where that is there already."""
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folders = (Path("runs", stem if number == 1 else f"{stem}-{number}") for number in itertools.count(1))
-    return next(folder for folder in folders if not folder.exists())
+    for number in itertools.count(1):
+        folder = Path("runs", stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not Path("runs").is_dir():
+                raise UserError("runs is a file: give a --workdir") from None
+        except OSError as error:
+            raise unwritable(folder, error) from None
+    raise AssertionError("there is always another number")
 
 
-def is_finished(folder: Path, described: dict[str, Any], resume: bool, overwrite: bool, allow_change: bool) -> bool:
+def is_finished(
+    folder: Path, lock: Lock, described: dict[str, Any], resume: bool, overwrite: bool, allow_change: bool
+) -> bool:
     """Whether the run that ``described`` tells of has been finished in ``folder``. With ``overwrite``, empties it.
 
-    Raises UserError where something lies there and neither ``resume`` nor ``overwrite`` is given, where what lies there
-    is no run, and where a resumed run differs from the one it would go on from.
+    Takes the ``lock``. Raises UserError where something lies there and neither ``resume`` nor ``overwrite`` is given,
+    where what lies there is no run, where another run is going, and where a resumed run differs from the one it would
+    go on from.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found = {path.name for path in folder.iterdir()}
+        found = {path.name.removesuffix(".tmp") for path in folder.iterdir()}
         if found and not (resume or overwrite):
             raise UserError(
                 f"{folder} is not empty: give --resume to go on there, --overwrite to begin anew, or another --workdir"
             )
+        if overwrite and "config.json" not in found and not found <= CONTENTS:
+            raise UserError(f"{folder} is no run folder: --overwrite leaves it alone, give another --workdir")
+        lock.take(folder)
         if overwrite:
-            if "config.json" not in found and not found <= set(CONTENTS):
-                raise UserError(f"{folder} is no run folder: --overwrite leaves it alone, give another --workdir")
-            for path in (folder / name for name in found & set(CONTENTS)):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            return False
-        if "config.json" not in found:
-            if any(path.name.isdecimal() for path in folder.glob("checkpoints/*")):
-                raise UserError(f"{folder} has checkpoints but no config.json to say of what: give another --workdir")
+            for path in folder.iterdir():
+                if path.name.removesuffix(".tmp") in CONTENTS - {"lock"}:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             return False
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; give another --workdir") from None
-    before = read_json(folder / "config.json")
+        raise unwritable(folder, error) from None
+    if not found & {"config.json", "checkpoints"}:
+        return False
+    if "config.json" not in found and not manifest.steps(folder / "checkpoints"):
+        return False
+    before = read_described(folder)
     config, new = (fields.from_json(each.get("config"), Config) for each in (before, described))
     changed = compare(before, described, folder, allow_change)
     if "result.json" not in found:
         return False
-    check_longer(folder, read_json(folder / "result.json").get("steps", 0), new)
+    try:
+        done = read_json(folder / "result.json").get("steps", 0)
+        read_records(folder / "metrics.jsonl")
+    except UserError as error:
+        logger.warning("%s: the run is finished again from its last checkpoint", error)
+        return False
+    check_longer(folder, done, new)
     return config.train.steps == new.train.steps and not changed
+
+
+def persist(folder: Path, save: Callable[[], None], rescue: Callable[[Path], str]) -> None:
+    """Returns once ``save``, which writes to ``folder``, does not raise OSError.
+
+    Where it always does, has ``rescue`` write to a new folder wherever that can be, and raises UserError with what it
+    says of how to go on.
+    """
+    reason = None
+    for pause in (0.0, *LAST_RETRIES):
+        time.sleep(pause)
+        try:
+            return save()
+        except OSError as error:
+            reason = error.strerror or error
+            logger.warning("cannot save to %s (%s)", folder, reason)
+    for parent in (tempfile.gettempdir(), Path.home(), Path.cwd()):
+        elsewhere = None
+        try:
+            elsewhere = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=parent))
+            advice = rescue(elsewhere)
+        except OSError:
+            if elsewhere is not None:
+                shutil.rmtree(elsewhere, ignore_errors=True)
+        else:
+            raise UserError(f"cannot save to {folder} ({reason}): {advice}")
+    raise UserError(f"cannot save to {folder} ({reason}), nor anywhere else: what was saved before is all that is kept")
 
 
 def begin(folder: Path, described: dict[str, Any]) -> None:

@@ -76,50 +76,58 @@ def plain(value: Any) -> Any:
     return value
 
 
-def read_records(path: Path, size: int | None = None) -> list[dict[str, Any]]:
-    """The records in the first ``size`` bytes of ``path`` (None: all). Raises UserError where they are not whole."""
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records in ``path``. Raises UserError where they cannot be read."""
     try:
-        content = path.read_bytes()[:size]
-        records = [json.loads(line) for line in content.splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): --overwrite begins the run anew") from None
-    if size is not None and len(content) < size:
-        raise UserError(f"{path} has lost its end: {size} bytes were written; --overwrite begins the run anew")
+        records = [json.loads(line) for line in path.read_bytes().splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error})") from None
     return records
 
 
+# Kinds of records of which there may be millions, and which a run does not look back at.
+MANY = ("train", "epoch", "batch")
+
+
 class Records:
-    """The records of a run in memory and, where there is a file, one JSON line each in ``metrics.jsonl``."""
+    """The records of a run, one JSON line each, in memory and, where there is a file, in ``metrics.jsonl``."""
 
-    def __init__(self, path: Path | None, size: int = 0, *, write: bool = True):
-        """Goes on behind the first ``size`` bytes of ``path``; what lies beyond them is cut off.
-
-        Without ``write``, the records are read there and kept in memory alone.
-        """
-        self.history = [] if path is None or size == 0 else read_records(path, size)
-        self.file = None
-        if path is not None and write:
-            self.file = path.open("ab")
-            self.file.truncate(size)
+    def __init__(self, path: Path | None, text: bytes = b""):
+        """Goes on behind ``text``, which is all that ``path`` shall hold, whatever it holds now. Raises OSError."""
+        self.path, self.text, self.written = path, bytearray(text), len(text)
+        self.few = [record for record in self.history if record["split"] not in MANY]
+        if path is None:
+            return
+        try:
+            with path.open("r+b") as file:
+                if file.read(len(text)) == text:
+                    file.truncate(len(text))
+                    return
+            logger.warning("%s was damaged, and is written anew as the checkpoint has it", path)
+        except FileNotFoundError:
+            pass
+        write_file(path, text)
 
     def add(self, step: int, epoch: int, split: str, **values: Any) -> None:
         """One record: after ``step`` updates, in ``epoch``, of ``split``. No value may be a time or a duration."""
         record = {"step": step, "epoch": epoch, "split": split} | {name: plain(value) for name, value in values.items()}
-        self.history.append(record)
-        if self.file is not None:
-            self.file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        if split not in MANY:
+            self.few.append(record)
+        self.text += json.dumps(record, allow_nan=False).encode() + b"\n"
 
-    def sync(self) -> int:
-        """Returns the bytes of the file, when all of them are on the disk."""
-        if self.file is None:
-            return 0
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.file.tell()
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """All records."""
+        return [json.loads(line) for line in self.text.splitlines()]
 
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+    def write(self) -> None:
+        """Writes what is new. Raises OSError, and has it still then."""
+        if self.path is None:
+            return
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(self.written)
+            while self.written < len(self.text):
+                self.written += file.write(bytes(self.text[self.written :]))
 
 
 class Clock:
@@ -152,11 +160,15 @@ class Clock:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` to ``path`` at once: a reader sees the old file or the whole new one."""
+    """Writes ``value`` to ``path`` at once. Raises OSError."""
+    write_file(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes ``content`` to ``path`` at once: a reader sees the old file or the whole new one. Raises OSError."""
     beside = path.with_name(path.name + ".tmp")
-    with beside.open("w") as file:
-        json.dump(value, file, indent=2, allow_nan=False)
-        file.write("\n")
+    with beside.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)

@@ -1,7 +1,10 @@
 """The devices a run uses, and how arrays lie on them."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -111,3 +114,41 @@ def mesh_of(tree: Any) -> Mesh | None:
     """The mesh that the arrays of ``tree`` lie on; None where they were put on a device without one."""
     sharding = getattr(jax.tree.leaves(tree)[0], "sharding", None)
     return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
+
+
+# --- Memory ---------------------------------------------------------------------------------------------------------
+
+
+def memory(mesh: Mesh) -> float:
+    """Bytes of a device of ``mesh``, or its part of the machine's. Not what is free, so that it is the same again."""
+    counted = jax.local_devices()[0].memory_stats() or {}
+    return counted.get("bytes_limit", machine_memory() / mesh.size)
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine, or those that its container may use."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    return min(physical, int(allowed)) if allowed.isdecimal() else physical
+
+
+def check_memory(what: str, size: int, mesh: Mesh) -> None:
+    """Raises UserError where the memory of a device does not hold ``size`` bytes, of ``what``."""
+    if size > memory(mesh):
+        raise UserError(
+            f"{what} takes {size / 1e9:,.1f} GB, but a device has {memory(mesh) / 1e9:,.1f} GB: make the model, or "
+            "train.batch_size, smaller"
+        )
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Within the block, running out of a device's memory raises UserError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"out of memory: make the model, or train.batch_size, smaller ({reason})") from error

@@ -5,7 +5,8 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from flax import nnx
 from flaxmnist import fields, folders, inspection, models, statistics
 from flaxmnist.config import Config
 from flaxmnist.errors import UserError
+from flaxmnist.lock import Lock
 from flaxmnist.logs import logger, write_json
 from flaxmnist.statistics import title
 
@@ -25,7 +27,7 @@ from flaxmnist.statistics import title
 SAVE_SECONDS = 30.0
 
 # What lies in the folder of a sweep.
-CONTENTS = {"sweep.json", "parts", "curves.npz", "result.json", "plots"}
+CONTENTS = {"sweep.json", "parts", "curves.npz", "result.json", "plots", "lock"}
 
 # What a resumed sweep may run on.
 MAY_DIFFER = {"devices", "versions"}
@@ -64,21 +66,31 @@ class Kept:
         self.results: dict[int, dict[str, Any]] = {}
         self.curves: dict[int, dict[str, list[float]]] = {}
         self.unsaved: dict[int, Any] = {}  # weights
+        self.unwritten: list[dict[str, np.ndarray]] = []  # parts
         self.seconds = self.unsaved_seconds = 0.0  # of training
+        self.lock = Lock()
         if folder is None:
             return
         try:
             self.begin(folder, described, resume, overwrite)
         except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}; give another --workdir") from None
-        for part in read_parts(folder):
-            for number, line in zip(part["numbers"], part["results"], strict=True):
-                self.results[int(number)] = json.loads(str(line))
-                mine = part["curves.member"] == number
-                self.curves[int(number)] = {name: part[f"curves.{name}"][mine].tolist() for name in COLUMNS}
-            self.seconds += float(part["seconds"])
+            raise folders.unwritable(folder, error) from None
+        for path in sorted(folder.glob("parts/*.npz")):
+            try:
+                self.take(read_part(path))
+            except UserError as error:
+                logger.warning("%s: its members are trained again", error)
+                path.rename(path.with_suffix(".damaged"))
         if self.results:
             logger.info("going on with %d members finished", len(self.results))
+
+    def take(self, part: dict[str, Any]) -> None:
+        """Counts the members of a part as finished."""
+        for number, line in zip(part["numbers"], part["results"], strict=True):
+            self.results[int(number)] = json.loads(str(line))
+            mine = part["curves.member"] == number
+            self.curves[int(number)] = {name: part[f"curves.{name}"][mine].tolist() for name in COLUMNS}
+        self.seconds += float(part["seconds"])
 
     def begin(self, folder: Path, described: dict[str, Any], resume: bool, overwrite: bool) -> None:
         """Makes ``folder`` ready. Raises UserError where something else lies there."""
@@ -90,8 +102,9 @@ class Kept:
             )
         if not {name.removesuffix(".tmp") for name in found} <= CONTENTS:
             raise UserError(f"{folder} is not the folder of a sweep: give another --workdir")
+        self.lock.take(folder)
         if overwrite:
-            for name in found:
+            for name in found - {"lock"}:
                 shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
         elif "sweep.json" in found:
             before = folders.read_json(folder / "sweep.json")
@@ -117,21 +130,48 @@ class Kept:
             self.save()
 
     def save(self) -> None:
-        """Writes what is not written yet, all of one shape, as one part."""
+        """Saves what is not saved yet, all of one shape. A failure is told, and the next time it is tried again."""
         self.saved_at = time.monotonic()
-        numbers = list(self.unsaved)
-        if numbers and self.folder is not None:
-            part: dict[str, np.ndarray] = {
-                "numbers": np.array(numbers),
-                "results": np.array([json.dumps(self.results[number]) for number in numbers]),
-                "seconds": np.array(self.unsaved_seconds),
-            }
-            part |= {f"curves.{name}": column for name, column in self.columns(numbers).items()}
-            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *self.unsaved.values())
-            for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
-                part[f"weights.{jax.tree_util.keystr(path, simple=True, separator='.')}"] = leaf
-            write_arrays(self.folder / f"parts/{numbers[0]:05d}.npz", part)
+        if self.unsaved and self.folder is not None:
+            self.unwritten.append(self.part())
+            try:
+                self.write(self.folder)
+            except OSError as error:
+                logger.warning("cannot save to %s (%s): tried again later", self.folder, error.strerror or error)
         self.unsaved, self.unsaved_seconds = {}, 0.0
+
+    def part(self) -> dict[str, np.ndarray]:
+        """What is not saved yet, as one part."""
+        numbers = list(self.unsaved)
+        part: dict[str, np.ndarray] = {
+            "numbers": np.array(numbers),
+            "results": np.array([json.dumps(self.results[number]) for number in numbers]),
+            "seconds": np.array(self.unsaved_seconds),
+        }
+        part |= {f"curves.{name}": column for name, column in self.columns(numbers).items()}
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *self.unsaved.values())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
+            part[f"weights.{jax.tree_util.keystr(path, simple=True, separator='.')}"] = leaf
+        return part
+
+    def write(self, folder: Path) -> None:
+        """Writes the parts that are not written yet. Raises OSError."""
+        while self.unwritten:
+            self.lock.check()
+            write_arrays(folder / f"parts/{self.unwritten[0]['numbers'][0]:05d}.npz", self.unwritten[0])
+            del self.unwritten[0]
+
+    def settle(self) -> None:
+        """Returns when everything is on the disk; else keeps it elsewhere, and raises UserError."""
+        if self.folder is not None:
+            folders.persist(self.folder, partial(self.write, self.folder), self.rescue)
+
+    def rescue(self, elsewhere: Path) -> str:
+        """Keeps in ``elsewhere`` what is not written yet; returns how to go on. Raises OSError."""
+        (elsewhere / "parts").mkdir()
+        for part in self.unwritten:
+            write_arrays(elsewhere / f"parts/{part['numbers'][0]:05d}.npz", part)
+        return f"what is not there is kept in {elsewhere}/parts: move it to {self.folder}/parts, and --resume goes on"
 
     def columns(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
         """The curves of members, one under the other."""
@@ -157,8 +197,11 @@ class Kept:
         if len({line["params_sha256"] for line in lines}) < len(lines):
             logger.warning("some members ended with the same parameters: nothing in them depends on what was varied")
         if self.folder is not None:
-            write_arrays(self.folder / "curves.npz", curves)
-            write_json(self.folder / "result.json", result)
+            try:
+                write_arrays(self.folder / "curves.npz", curves)
+                write_json(self.folder / "result.json", result)
+            except OSError as error:
+                raise folders.unwritable(self.folder, error) from None
         return Sweep(result, curves)
 
 
@@ -201,23 +244,25 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     beside.replace(path)
 
 
-def read_parts(folder: Path) -> Iterator[dict[str, np.ndarray]]:
-    """The parts of a sweep in ``folder``. Raises UserError where one is damaged."""
-    for path in sorted(folder.glob("parts/*.npz")):
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                yield dict(arrays)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is damaged ({error}): remove it, and --resume trains its members again") from None
+def read_part(path: Path) -> dict[str, np.ndarray]:
+    """A part of a sweep. Raises UserError where it is damaged."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error})") from None
 
 
 def load_members(folder: Path) -> list[tuple[dict[str, Any], nnx.Module]]:
-    """Each finished member of the sweep in ``folder``: its line in result.json and its model, in order."""
+    """Each finished member of the sweep in ``folder``: its line in result.json and its model, in order.
+
+    Raises UserError where a part is damaged, which --resume mends.
+    """
     about = folders.read_json(folder / "sweep.json")
     shells, found = {}, {}
     for config, data in zip(about["experiments"], about["data"], strict=True):
         shells[config["name"]] = fields.from_json(config, Config), data
-    for part in read_parts(folder):
+    for part in map(read_part, sorted(folder.glob("parts/*.npz"))):
         for place, (number, text) in enumerate(zip(part["numbers"], part["results"], strict=True)):
             line = json.loads(str(text))
             config, data = shells[line["experiment"]]

@@ -21,8 +21,8 @@ from flaxmnist.state import Metrics, TrainState
 # The two ways to compile training: one program over all devices, or one a device, which sum what they found.
 Backend = Literal["jit", "pmap"]
 
-# Most steps in one call, so that its metrics stay small.
-LONGEST = 1000
+# Most steps in one call, so that its metrics stay small; and most images, so that their indices take 256 MB at most.
+LONGEST, MOST_IMAGES = 1000, 2**26
 
 
 def keep_programs() -> None:
@@ -35,6 +35,15 @@ def keep_programs() -> None:
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/flaxmnist"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def make_deterministic() -> None:
+    """Has programs for GPUs give the same bits every time, where they would not; on CPU and TPU nothing changes.
+
+    Nothing is summed in the order of arrival then, and no kernel chosen by how long it happened to take
+    (https://openxla.org/xla/determinism). To be called before devices are looked at.
+    """
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
 
 
 def first_state(config: Config, data: Dataset, mesh: Mesh) -> TrainState:
@@ -63,7 +72,7 @@ class Program:
 
     def __init__(self, config: Config, state: TrainState, train: Split, mesh: Mesh, backend: Backend = "jit"):
         self.config, self.train = config, train
-        self.capacity = min(LONGEST, config.train.length)
+        self.capacity = min(LONGEST, config.train.length, max(1, MOST_IMAGES // config.train.batch_size))
         self.whole, self.columns = parallel.whole(mesh), parallel.split_columns(mesh)
         # The indices of a step's images are one row for jit, and one for each device for pmap.
         batch = config.train.batch_size
@@ -99,6 +108,7 @@ class Program:
                 donate_argnums=0,
             )
         self.compiled = function.lower(state, *train, *self.place(0, 0)).compile()
+        self.bytes = memory_of(self.compiled)
 
     def place(self, start: int, count: int) -> tuple[Array, Array]:
         """The arguments that say which ``count`` steps from ``start`` on to do."""
@@ -157,6 +167,7 @@ class Members:
         self.compiled = advance.lower(
             seeds, values, state, self.indices([config] * self.size, 0, 0), *train, np.int32(0)
         ).compile()
+        self.bytes = memory_of(self.compiled)
 
     def indices(self, configs: list[Config], start: int, count: int) -> Array:
         """The batches of ``count`` steps from ``start`` on: of each member, or of all."""
@@ -173,13 +184,13 @@ class Members:
         indices = self.indices(configs, start, count)
         return self.compiled(seeds, values, state, indices, *self.train, np.int32(count))
 
-    @property
-    def bytes(self) -> int:
-        """The memory that training takes on a device."""
-        memory = self.compiled.memory_analysis()
-        if memory is None:
-            return 0
-        return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+
+def memory_of(compiled: jax.stages.Compiled) -> int:
+    """Bytes of a device's memory that running ``compiled`` takes, as far as is known."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return 0
+    return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
 
 
 def alone(function: Callable[..., Any], split: tuple[bool, ...]) -> Callable[..., Any]:

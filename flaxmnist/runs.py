@@ -20,6 +20,7 @@ from flaxmnist import evaluation, folders, hosts, order, parallel
 from flaxmnist.config import Config
 from flaxmnist.data import Dataset, Split
 from flaxmnist.errors import Diverged, Stopped, UserError
+from flaxmnist.lock import Lock
 from flaxmnist.logs import Clock, Progress, Records, logger, write_json
 from flaxmnist.program import Backend, Program, first_state, place, state_shapes, train_logits
 from flaxmnist.results import Run, finished_run, result_of
@@ -55,23 +56,29 @@ def fit(
     ``experiment`` is the file that ``config`` came from, to be named in ``config.json``. ``stop``, once set, ends the
     run after the chunk at hand, with a checkpoint. ``clock`` holds what the command spent before.
 
-    Raises UserError for what the caller can mend, Diverged where loss or weights are no longer finite, and Stopped.
+    Raises UserError for what the caller can mend, Diverged where loss, gradient or weights are no longer finite, and
+    Stopped.
     """
     config = order.resolve(config, len(data.train.labels))
     mesh = parallel.make_mesh(devices, model_parallel)
     check(config, data, mesh, backend)
     folder = None if workdir is None else Path(workdir)
     described = folders.describe(config, data, mesh, backend, experiment)
-    if folder is not None:
-        look = partial(folders.is_finished, folder, described, resume, overwrite, allow_config_change)
-        if hosts.on_first(look):
-            logger.info("%s is finished", folder)
-            return finished_run(folder)
-    loop = Loop(config, data, mesh, backend, folder, described, clock or Clock())
+    lock = Lock()
     try:
-        return loop.run(profile, stop or threading.Event())
+        if folder is not None:
+            look = partial(folders.is_finished, folder, lock, described, resume, overwrite, allow_config_change)
+            if hosts.on_first(look):
+                logger.info("%s is finished", folder)
+                return finished_run(folder)
+        with parallel.memory_errors():
+            loop = Loop(config, data, mesh, backend, folder, lock, described, clock or Clock())
+            try:
+                return loop.run(profile, stop or threading.Event())
+            finally:
+                loop.close()
     finally:
-        loop.close()
+        lock.release()
 
 
 def check(config: Config, data: Dataset, mesh: Mesh, backend: Backend) -> None:
@@ -82,7 +89,11 @@ def check(config: Config, data: Dataset, mesh: Mesh, backend: Backend) -> None:
     order.steps_per_epoch(config, len(data.train.labels))
     if config.data.order == "file" and not data.file_order:
         raise UserError(f"data.order file needs the original files, but these images are {data.source}")
-    parallel.check_model(state_shapes(config, data).params, mesh)
+    shapes = state_shapes(config, data)
+    parallel.check_model(shapes.params, mesh)
+    parallel.check_memory(
+        "the state of this model", sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)), mesh
+    )
 
 
 class Loop:
@@ -95,41 +106,33 @@ class Loop:
         mesh: Mesh,
         backend: Backend,
         folder: Path | None,
+        lock: Lock,
         described: dict[str, Any],
         clock: Clock,
     ):
-        self.config, self.data, self.mesh, self.folder, self.clock = config, data, mesh, folder, clock
+        self.config, self.data, self.mesh, self.clock = config, data, mesh, clock
+        self.folder = folder
         self.backend: Backend = backend
         self.epoch_length = order.steps_per_epoch(config, len(data.train.labels))
         with clock("compile"):
             self.state = first_state(config, data, mesh)
-        self.checkpoints, self.saved = None, None
-        about: dict[str, Any] = {"records": 0}
+        self.archive, self.records = None, Records(None)
         if folder is not None:
             # Orbax takes a third of a second to import, which a run without a folder need not spend.
-            from flaxmnist.checkpoints import Checkpoints
+            from flaxmnist.archive import Archive
 
             with clock("checkpoint"):
-                self.checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
-                self.saved = self.checkpoints.find("latest")
-                if self.saved is not None:
-                    folders.check_longer(folder, self.saved, config)
-                    self.state, about = self.checkpoints.restore(self.saved, self.state)
-                    clock.resume(about["seconds"])
-                    logger.info("going on from the checkpoint at step %d", self.saved)
+                self.archive = Archive(folder, lock, described, config, self.state, clock)
+            self.state, self.records = self.archive.state, self.archive.records
         self.step = int(self.state.step)
-        self.rate = 10.0  # steps a second, as far as is known
+        self.rate = 1.0  # steps a second, as far as is known
         self.stopping = False  # whether some process was told to stop
-        self.records = Records(folder and folder / "metrics.jsonl", about["records"], write=hosts.is_first())
-        if folder is not None and hosts.is_first():
-            folders.begin(folder, described)
         self.progress = Progress(config.train.length, self.step, config.train.batch_size)
 
     def close(self) -> None:
         self.progress.close()
-        self.records.close()
-        if self.checkpoints is not None:
-            self.checkpoints.close()
+        if self.archive is not None:
+            self.archive.close()
 
     # --- The loop ---------------------------------------------------------------------------------------------------
 
@@ -141,23 +144,24 @@ class Loop:
                 train = place(self.data.train, self.mesh)
             with self.clock("compile"):
                 self.program = Program(config, self.state, train, self.mesh, self.backend)
+            parallel.check_memory("training", self.program.bytes, self.mesh)
             if profile is not None:
                 self.trace(Path(profile))
         self.progress.begin()
-        while self.step < config.train.length and not stops_early(config, self.records.history):
+        while self.step < config.train.length and not stops_early(config, self.records.few):
             if config.train.report in ("batch_accuracy", "probabilities") and self.is_logged(self.step):
                 self.look_at_batch()
             self.advance(self.next_due(), stop)
             if self.is_due(config.train.evaluate_every):
                 self.evaluate("validation", self.data.validation)
-            ends = self.stopping or stops_early(config, self.records.history)
-            if ends or self.is_due(config.train.checkpoint_every):
+            ends = self.stopping or stops_early(config, self.records.few)
+            if ends or self.is_due(config.train.checkpoint_every) or self.is_retry_due():
                 self.save()
             if self.stopping and self.step < config.train.length:
-                self.wait()
+                self.settle()
                 kept = "no folder kept it" if self.folder is None else "--resume goes on"
                 raise Stopped(f"stopped at step {self.step} of {config.train.length}; {kept}")
-        self.wait()
+        self.settle()
         return self.finish()
 
     def is_logged(self, step: int) -> bool:
@@ -175,6 +179,10 @@ class Loop:
         look = train.log_every if train.report in ("batch_accuracy", "probabilities") else None
         intervals = [every for every in (train.evaluate_every, train.checkpoint_every, look) if every is not None]
         return min([train.length, *(self.step - self.step % every + every for every in intervals)])
+
+    def is_retry_due(self) -> bool:
+        """Whether saving failed, and it is time to try again."""
+        return self.archive is not None and self.archive.is_retry_due()
 
     def trace(self, folder: Path) -> None:
         """Writes a trace of a few steady steps, done on a copy of the state, to ``folder``."""
@@ -203,7 +211,7 @@ class Loop:
                 unreported = (start, count, metrics)
                 # Only after a chunk: what was told before it, it belongs to. All processes do the same steps next.
                 self.stopping, self.rate = hosts.agree(stop.is_set(), self.rate)
-                if self.stopping:
+                if self.stopping or self.is_retry_due():
                     break
             if unreported is not None:
                 self.report(*unreported)
@@ -212,29 +220,44 @@ class Loop:
 
     def report(self, start: int, count: int, metrics: Metrics) -> None:
         """Waits for a chunk of ``count`` steps from ``start`` on; records and prints what is to be told of them."""
-        batch, epoch = jax.device_get(metrics)
-        losses, accuracies = means(batch)
-        costs, shares = means(epoch)
-        for i in np.flatnonzero(~np.isfinite(losses[:count]))[:1]:
-            raise Diverged(f"the loss at step {start + i} is {losses[i]}: {self.advice()}")
+        metrics = jax.device_get(metrics)
+        losses, accuracies = means(metrics.batch)
+        costs, shares = means(metrics.epoch)
+        nonfinite = metrics.nonfinite(start, count)
         style = self.config.train.report
         for i, step in enumerate(range(start, start + count)):
             number, position = divmod(step, self.epoch_length)
-            if self.is_logged(step):
-                self.records.add(step, number, "train", loss=losses[i], accuracy=accuracies[i])
+            if step in nonfinite:
+                self.leave_out(step, number, nonfinite[step])
+            elif self.is_logged(step):
+                norm = metrics.gradient_norm[i]
+                self.records.add(step, number, "train", loss=losses[i], accuracy=accuracies[i], gradient_norm=norm)
                 if style == "loss":
                     logger.info("step %d, loss %.4f, accuracy %.4f", step, losses[i], accuracies[i])
                 elif style == "batch_loss":
                     logger.info("epoch %d, batch %d, loss %.6f", number, position, losses[i])
-            if position == self.epoch_length - 1:
+            if position == self.epoch_length - 1 and np.isfinite(costs[i]):
                 self.records.add(step + 1, number + 1, "epoch", loss=costs[i], accuracy=shares[i])
                 if style == "epoch_cost":
                     logger.info("Epoch: %04d, Cost: %.9f", number + 1, costs[i])
         self.progress.show(start + count, losses[count - 1], accuracies[count - 1])
+        if self.archive is not None:
+            self.archive.watch()
+
+    def leave_out(self, step: int, epoch: int, reason: str) -> None:
+        """Records that ``step`` changed nothing, for ``reason``. Raises Diverged where too many in a row did not."""
+        left_out = [record["step"] for record in self.records.few if record["split"] == "skipped"]
+        allowed = self.config.train.skip_nonfinite
+        if set(range(step - allowed, step)) <= set(left_out):
+            after = f", after {allowed} steps in a row were left out" if allowed else ""
+            raise Diverged(f"{reason}{after}: {self.advice()}")
+        self.records.add(step, epoch, "skipped", count=len(left_out) + 1)
+        logger.warning("%s: this step is left out", reason)
 
     def advice(self) -> str:
         """What is left of a run that diverged, and what to do."""
-        kept = "no checkpoint was saved" if self.saved is None else f"the checkpoint at step {self.saved} is kept"
+        last = None if self.archive is None else self.archive.last()
+        kept = "no checkpoint was saved" if last is None else f"the checkpoint at step {last} is kept"
         return f"training diverged, {kept}; try a smaller --optimizer.learning-rate or an --optimizer.clip-norm"
 
     def look_at_batch(self) -> None:
@@ -270,27 +293,26 @@ class Loop:
         return seen
 
     def save(self) -> None:
-        """Saves a checkpoint in the background, with how much of the records belongs to it."""
-        if self.checkpoints is None:
-            return
-        with self.clock("checkpoint"):
+        """Saves a checkpoint in the background, with the records that belong to it."""
+        if self.archive is not None:
             if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(self.state.params)):
                 raise Diverged(f"the weights after step {self.step} are not finite: {self.advice()}")
-            last = self.latest("validation")
-            accuracy = last["accuracy"] if last and last["step"] == self.step else None
-            about = {"records": self.records.sync(), "seconds": dict(self.clock.seconds)}
-            self.checkpoints.save(self.state, about, accuracy)
-            self.saved = self.step
+            self.archive.save(self.state, self.accuracy())
 
-    def wait(self) -> None:
-        """Returns when all that was saved is on the disk."""
-        if self.checkpoints is not None:
+    def settle(self) -> None:
+        """Returns when the run is on the disk, as far as it is. Raises UserError where that cannot be."""
+        if self.archive is not None:
             with self.clock("checkpoint"):
-                self.checkpoints.wait()
+                self.archive.settle(self.state, self.accuracy())
+
+    def accuracy(self) -> float | None:
+        """The accuracy on the validation images, where it is known of this very step."""
+        last = self.latest("validation")
+        return last["accuracy"] if last and last["step"] == self.step else None
 
     def latest(self, split: str) -> dict[str, Any] | None:
         """The last record of ``split``."""
-        return next((record for record in reversed(self.records.history) if record["split"] == split), None)
+        return next((record for record in reversed(self.records.few) if record["split"] == split), None)
 
     def finish(self) -> Run:
         """Scores the test images, and writes the result."""
@@ -309,9 +331,12 @@ class Loop:
             validation_accuracy=accuracy,
             test=test,
         )
-        self.records.sync()
         if self.folder is not None and hosts.is_first():
-            write_json(self.folder / "result.json", result)
+            try:
+                self.records.write()
+                write_json(self.folder / "result.json", result)
+            except OSError as error:
+                raise folders.unwritable(self.folder, error) from None
         return Run(self.config, state, self.records.history, result)
 
 
@@ -322,12 +347,12 @@ def means(totals: Totals) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " 
         return np.asarray(totals.loss) / images, np.asarray(totals.correct) / images
 
 
-def stops_early(config: Config, history: list[dict[str, Any]]) -> bool:
+def stops_early(config: Config, records: list[dict[str, Any]]) -> bool:
     """Whether the validation records so far meet ``train.stop_accuracy``, or have not risen for ``train.patience``."""
     target, patience = config.train.stop_accuracy, config.train.patience
     if target is None and patience is None:
         return False
-    accuracies = [record["accuracy"] for record in history if record["split"] == "validation"]
+    accuracies = [record["accuracy"] for record in records if record["split"] == "validation"]
     if not accuracies:
         return False
     reached = target is not None and max(accuracies) >= target

@@ -1,6 +1,8 @@
 """Being told to stop."""
 
 import contextlib
+import os
+import select
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +11,9 @@ from types import FrameType
 from flaxmnist.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+# Seconds from the first signal to the end at the latest.
+GRACE = 30.0
 
 
 @contextlib.contextmanager
@@ -34,14 +39,41 @@ def raise_on_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """Within the block, the first signal sets the event; a second one ends the process at once."""
+def stop_on_signals(grace: float = GRACE) -> Iterator[threading.Event]:
+    """Within the block, the first signal sets the event; the process ends ``grace`` seconds later at the latest.
+
+    A second signal ends it at once. A thread sees to that, because Python's handlers wait for the main thread, which
+    may be compiling.
+    """
     stop = threading.Event()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
 
-    def handler(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+    def watch() -> None:
+        if os.read(reading, 1):
+            stop.set()
+            again, _, _ = select.select([reading], [], [], grace)
+            if not again:
+                end(f"the run did not stop within {grace:g} s of a signal")
+            elif os.read(reading, 1):
+                end("ended by a second signal")
 
-    with handled(handler):
-        yield stop
+    thread = threading.Thread(target=watch, daemon=True)
+    # The handler too sets it, in case an event loop in the main thread borrows Python's only wake-up file.
+    with handled(lambda number, frame: stop.set()):
+        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        thread.start()
+        try:
+            yield stop
+        finally:
+            signal.set_wakeup_fd(before)
+            # The thread reads the end of the pipe.
+            os.close(writing)
+            thread.join()
+            os.close(reading)
+
+
+def end(reason: str) -> None:
+    """Ends this process, whatever its main thread does."""
+    os.write(2, f"flaxmnist: {reason}; --resume goes on from the last checkpoint\n".encode())
+    os._exit(Stopped.exit_code)

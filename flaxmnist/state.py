@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int32, UInt8
@@ -30,6 +31,15 @@ class Metrics(NamedTuple):
 
     batch: Totals
     epoch: Totals
+    gradient_norm: Float[Array, "..."]  # of the batch's mean loss, before clipping
+
+    def nonfinite(self, start: int, count: int) -> dict[int, str]:
+        """Says, by step, what is not finite in the first ``count`` places, which are steps from ``start`` on."""
+        found = {}
+        for name, values in (("gradient norm", self.gradient_norm), ("loss", self.batch.loss)):
+            for place in np.flatnonzero(~np.isfinite(values[:count])):
+                found[start + int(place)] = f"the {name} at step {start + place} is {values[place]}"
+        return dict(sorted(found.items()))
 
 
 @jax.tree_util.register_dataclass

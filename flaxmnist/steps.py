@@ -5,6 +5,7 @@ Nothing here compiles, shards, donates or prints. ``config`` is static, everythi
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -99,15 +100,19 @@ def train_step(
         return total / images, Totals(total, jnp.sum(correct * batch.weights), jnp.sum(batch.weights))
 
     gradients, totals = over_devices(jax.grad(loss, has_aux=True)(state.params))
+    norm = optax.tree.norm(gradients)
+    before = state = replace(state, step=state.step + 1)
     updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    epoch = jax.tree.map(jnp.add, state.epoch, totals)
-    state = replace(state, step=state.step + 1, params=params, opt_state=opt_state, epoch=epoch)
+    state = replace(state, params=params, opt_state=opt_state, epoch=jax.tree.map(jnp.add, state.epoch, totals))
     if config.train.ema_decay is not None:
         # The plain mean of the weights so far, until that reaches further back than the decay does.
         share = jnp.maximum(1 - config.train.ema_decay, 1 / state.step)
         state = replace(state, ema=jax.tree.map(lambda mean, new: mean + share * (new - mean), state.ema, params))
-    return state, Metrics(totals, epoch)
+    if config.train.skip_nonfinite:
+        finite = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
+        state = jax.tree.map(partial(jnp.where, finite), state, before)
+    return state, Metrics(totals, state.epoch, norm)
 
 
 def take_batch(images: UInt8[Array, "n h w 1"], labels: Int32[Array, " n"], indices: Int32[Array, " b"]) -> Batch:
@@ -141,5 +146,5 @@ def train_steps(
         state, seen = train_step(config, state, take_batch(images, labels, indices[i]), axis_name=axis_name)
         return state, jax.tree.map(lambda all_steps, one: all_steps.at[i].set(one), metrics, seen)
 
-    empty = jax.tree.map(lambda _: jnp.zeros(indices.shape[0]), Metrics(state.epoch, state.epoch))
+    empty = jax.tree.map(lambda _: jnp.zeros(indices.shape[0]), Metrics(state.epoch, state.epoch, state.step))
     return jax.lax.fori_loop(0, count, body, (state, empty))

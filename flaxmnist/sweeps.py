@@ -7,7 +7,6 @@ a member is its single run to the bit.
 
 import itertools
 import json
-import os
 import re
 import threading
 import time
@@ -26,7 +25,7 @@ from flaxmnist.data import Dataset, Split
 from flaxmnist.errors import Stopped, UserError
 from flaxmnist.logs import Progress
 from flaxmnist.parts import Kept, Sweep
-from flaxmnist.state import Totals, TrainState
+from flaxmnist.state import Metrics, TrainState
 
 # Fields whose values may differ between the members of one program.
 TRACED = re.compile(
@@ -97,14 +96,16 @@ def run(
     done = sum(members[number].config.train.length for number in kept.results)
     progress = Progress(total, done, members[0].config.train.batch_size)
     try:
-        for group in groups_of(members, share_order, exact):
-            try:
-                group.train(members, mesh, kept, progress, stop or threading.Event())
-            finally:
-                kept.save()
+        try:
+            with parallel.memory_errors():
+                for group in groups_of(members, share_order, exact):
+                    group.train(members, mesh, kept, progress, stop or threading.Event())
+        finally:
+            kept.settle()
+        return kept.finish(total)
     finally:
         progress.close()
-    return kept.finish(total)
+        kept.lock.release()
 
 
 # --- What is trained ------------------------------------------------------------------------------------------------
@@ -165,21 +166,24 @@ class Group:
         first = members[self.numbers[0]]
         train = program.place(first.data.train, mesh)
         compiled = self.compile(first, train, mesh)
-        for start in range(0, len(self.numbers), compiled.size):
-            numbers = self.numbers[start : start + compiled.size]
-            if not set(numbers) <= kept.results.keys():
-                block = Block(compiled, [members[number] for number in numbers], self.names)
-                block.train(progress, stop)
-                for place, number in enumerate(numbers):
-                    kept.add(number, block.finish(place), block.curves[place], block.member(place).weights)
-                kept.spend(block.seconds)
+        try:
+            for start in range(0, len(self.numbers), compiled.size):
+                numbers = self.numbers[start : start + compiled.size]
+                if not set(numbers) <= kept.results.keys():
+                    block = Block(compiled, [members[number] for number in numbers], self.names)
+                    block.train(progress, stop)
+                    for place, number in enumerate(numbers):
+                        kept.add(number, block.finish(place), block.curves[place], block.member(place).weights)
+                    kept.spend(block.seconds)
+        finally:
+            kept.save()
 
     def compile(self, first: Member, train: Split, mesh: Mesh) -> program.Members:
         """The program for as many members at once as the memory of a device holds."""
         each = 1 if self.alone else -(-len(self.numbers) // mesh.size)
         while True:
             compiled = program.Members(first.config, self.names, first.data, train, mesh, each, self.share_order)
-            if each == 1 or compiled.bytes <= MEMORY_SHARE * memory(mesh):
+            if each == 1 or compiled.bytes <= MEMORY_SHARE * parallel.memory(mesh):
                 return compiled
             each = -(-each // 2)
 
@@ -198,12 +202,6 @@ def groups_of(members: list[Member], share_order: bool, exact: bool) -> list[Gro
     return list(groups.values())
 
 
-def memory(mesh: Mesh) -> float:
-    """Bytes of a device of ``mesh``, or its part of the machine's. Not what is free, so that it is the same again."""
-    counted = jax.local_devices()[0].memory_stats() or {}
-    return counted.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / mesh.size)
-
-
 class Block:
     """Members that are trained at once, from the first step to the last."""
 
@@ -220,6 +218,7 @@ class Block:
             {"step": [], "validation": [], "loss": [], "accuracy": []} for _ in members
         ]
         self.failed: list[str | None] = [None] * len(members)
+        self.skipped: list[list[int]] = [[] for _ in members]  # steps whose loss or gradient was not finite
         self.seconds = 0.0  # of training
 
     def train(self, progress: Progress, stop: threading.Event) -> None:
@@ -231,7 +230,7 @@ class Block:
             count = min(due - step, self.compiled.capacity, max(1, int(rate * CHUNK_SECONDS)))
             began = time.perf_counter()
             self.state, metrics = self.compiled(self.seeds, self.values, self.state, self.configs, step, count)
-            self.report(step, count, jax.device_get(metrics.batch))
+            self.report(step, count, jax.device_get(metrics))
             seconds = time.perf_counter() - began
             self.seconds, step, rate = self.seconds + seconds, step + count, count / seconds
             progress.show(progress.step + count * len(self.members))
@@ -240,17 +239,20 @@ class Block:
             if stop.is_set():
                 raise Stopped("stopped; --resume goes on with the members that are not finished")
 
-    def report(self, start: int, count: int, batch: Totals) -> None:
+    def report(self, start: int, count: int, metrics: Metrics) -> None:
         """Takes down the losses of ``count`` steps from ``start`` on, and who diverged."""
-        every = self.configs[0].train.log_every
-        for place in range(len(self.members)):
-            loss, correct, images = (np.asarray(part)[place, :count] for part in batch)
-            for i in np.flatnonzero(~np.isfinite(loss))[:1]:
-                self.fail(place, f"the loss at step {start + i} is {loss[i]}")
-            for i in range(-start % every, count, every):
+        train = self.configs[0].train
+        for place, skipped in enumerate(self.skipped):
+            mine: Metrics = jax.tree.map(lambda values, place=place: np.asarray(values)[place], metrics)
+            for step, reason in mine.nonfinite(start, count).items():
+                if set(range(step - train.skip_nonfinite, step)) <= set(skipped):
+                    self.fail(place, reason)
+                skipped.append(step)
+            loss, correct, images = mine.batch
+            for i in range(-start % train.log_every, count, train.log_every):
                 self.note(place, start + i, False, loss[i] / images[i], correct[i] / images[i])
 
-    def note(self, place: int, step: int, validation: bool, loss: float, accuracy: float) -> None:
+    def note(self, place: int, step: int, validation: bool, loss: Any, accuracy: Any) -> None:
         for name, value in (("step", step), ("validation", validation), ("loss", loss), ("accuracy", accuracy)):
             self.curves[place][name].append(value)
 

@@ -1,6 +1,5 @@
 """What a run folder knows, without the experiment file: its model, how well it does, what it reads."""
 
-import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from flaxmnist import digits, evaluation, fields, folders, steps
+from flaxmnist import digits, evaluation, fields, folders, manifest, steps
 from flaxmnist.config import Config
 from flaxmnist.data import load_data
 from flaxmnist.errors import UserError
@@ -37,27 +36,23 @@ def load_run(workdir: str | Path, which: str = "latest") -> Trained:
 
     Needs the run folder alone. Raises UserError where it holds no such checkpoint.
     """
-    from flaxmnist.checkpoints import Checkpoints
+    from flaxmnist.checkpoints import restore
 
     folder = Path(workdir)
-    described = folders.read_json(folder / "config.json")
+    described = folders.read_described(folder)
     config = fields.from_json(described.get("config"), Config)
-    try:
+    with folders.as_saved(folder):
         data = described["data"]
         height, width = data["shape"]
         create = partial(steps.create_state, config, (height, width), data["classes"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder / 'config.json'} does not say what the data are") from None
-    with contextlib.closing(Checkpoints(folder / "checkpoints", read_only=True)) as checkpoints:
-        step = checkpoints.find(which)
-        if step is None:
-            raise UserError(f"{folder} has no checkpoint yet: train on with --resume")
-        # On one device, wherever it was saved.
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shapes = jax.eval_shape(create)
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
-        state, _ = checkpoints.restore(step, like)
-    return Trained(config, state, data)
+    saved = manifest.find(folder / "checkpoints", which)
+    if saved is None:
+        raise UserError(f"{folder} has no checkpoint yet: train on with --resume")
+    # On one device, wherever it was saved.
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(create)
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
+    return Trained(config, restore(folder / "checkpoints", saved.step, like), data)
 
 
 def evaluate_run(

@@ -1,6 +1,14 @@
 """Trains many runs at once: python launch/sweep.py EXPERIMENT.py… --seeds N [--over FIELD=V1,V2,…]… --workdir DIR"""
 
+import os
+import signal
 import sys
+
+if __name__ == "__main__":
+    # Imports take a second, in which there is nothing to save yet.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(75))
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +32,7 @@ class Arguments:
     overwrite: bool = False  # throw away what lies in --workdir
     data_dir: Path | None = None  # where data sets lie; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
     devices: int | None = None  # use the first so many devices; default: all
+    grace: float = signals.GRACE  # seconds from a signal to the end, whatever is not saved by then
 
 
 def sweep(arguments: Arguments) -> None:
@@ -31,13 +40,15 @@ def sweep(arguments: Arguments) -> None:
     logs.show("info")
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume goes on with a sweep and --overwrite throws it away: give one of them")
+    if not 0 < arguments.grace < float("inf"):
+        raise UserError(f"--grace is a number of seconds above 0, but is {arguments.grace}")
     if arguments.seeds < 1:
         raise UserError(f"--seeds is a number from 1 on, but is {arguments.seeds}")
     with signals.raise_on_signals():
         configs = [fm.load_experiment(path) for path in arguments.experiments]
         experiments = [(config, fm.load_data(config.data, arguments.data_dir)) for config in configs]
     program.keep_programs()
-    with signals.stop_on_signals() as stop:
+    with signals.stop_on_signals(arguments.grace) as stop:
         swept = sweeps.run(
             experiments,
             range(arguments.seeds),

@@ -1,19 +1,26 @@
 """Trains an experiment: python launch/train.py EXPERIMENT.py [--workdir DIR] [--FIELD VALUE …]"""
 
+import os
+import signal
+import sys
 import time
 
 BEGAN = time.perf_counter()
 
-import sys  # noqa: E402
-from dataclasses import dataclass, replace  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Annotated, Literal  # noqa: E402
+if __name__ == "__main__":
+    # Imports take a second, in which there is nothing to save yet.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(75))
 
-import tyro  # noqa: E402
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
 
-import flaxmnist as fm  # noqa: E402
-from flaxmnist import folders, hosts, inspection, logs, program, results, signals  # noqa: E402
-from flaxmnist.errors import BelowTarget, UserError, exit_code  # noqa: E402
+import tyro
+
+import flaxmnist as fm
+from flaxmnist import folders, hosts, inspection, logs, program, results, signals
+from flaxmnist.errors import BelowTarget, UserError, exit_code
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,8 @@ class Arguments:
     coordinator: str | None = None  # HOST:PORT of process 0, for several processes that no launcher JAX knows started
     processes: int | None = None  # how many there are
     process_id: int | None = None  # which one this is, from 0 on
+    grace: float = signals.GRACE  # seconds from a signal to the end, whatever is not saved by then
+    deterministic: bool = False  # on GPU, the same bits every time, at a cost in speed; CPU and TPU need no telling
     heartbeat: float = hosts.HEARTBEAT  # seconds without a sign of life after which a process counts as lost
     min_accuracy: float | None = None  # exit with 4 where the test accuracy, a fraction, is under this
     print_config: bool = False  # print the config, parameters, operations and memory, and exit
@@ -67,6 +76,10 @@ def train(arguments: Arguments, clock: logs.Clock) -> None:
         raise UserError(f"--min-accuracy is a fraction in [0, 1], but is {arguments.min_accuracy}")
     if not 1 <= arguments.heartbeat <= 3600:
         raise UserError(f"--heartbeat must lie in [1, 3600] seconds, but is {arguments.heartbeat}")
+    if not 0 < arguments.grace < float("inf"):
+        raise UserError(f"--grace is a number of seconds above 0, but is {arguments.grace}")
+    if arguments.deterministic:
+        program.make_deterministic()
     if arguments.print_config:
         data = fm.load_data(arguments.config.data, arguments.data_dir)
         print(inspection.describe(arguments.config, data))
@@ -83,7 +96,7 @@ def run_on(arguments: Arguments, clock: logs.Clock) -> None:
         data = fm.load_data(config.data, arguments.data_dir)
     program.keep_programs()
     workdir = arguments.workdir or Path(hosts.on_first(lambda: str(folders.fresh(config.name))))
-    with signals.stop_on_signals() as stop:
+    with signals.stop_on_signals(arguments.grace) as stop:
         run = fm.fit(
             config,
             data,

@@ -136,6 +136,7 @@ ELSEWHERE = {
     "train.epochs": "test_order",
     "train.checkpoint_every": "test_runs",
     "train.keep": "test_runs",
+    "train.skip_nonfinite": "test_runs",
     "objective.form": "test_objective",
     "objective.labels": "test_objective",
     "objective.label_smoothing": "test_objective",

@@ -13,7 +13,7 @@ import pytest
 from conftest import MODELS, ROOT, assert_same, small
 
 import flaxmnist as fm
-from flaxmnist import ensembles, parts, plots, program, sweeps
+from flaxmnist import ensembles, parallel, parts, plots, program, sweeps
 from flaxmnist.config import SGD, Adam, Exponential, Objective, OneCycle, TruncatedNormal
 from flaxmnist.errors import Stopped, UserError
 
@@ -149,7 +149,7 @@ def test_as_many_members_at_once_as_memory_holds(few, monkeypatch):
     whole = swept(config, few, seeds=8, share_order=True)
     (eight,) = programs
     assert eight.size == 8
-    monkeypatch.setattr(sweeps, "memory", lambda mesh: (eight.bytes - 1) / sweeps.MEMORY_SHARE)
+    monkeypatch.setattr(parallel, "memory", lambda mesh: (eight.bytes - 1) / sweeps.MEMORY_SHARE)
     halves = swept(config, few, seeds=8, share_order=True)
     assert [each.size for each in programs] == [8, 8, 4]
     for a, b in zip(whole.members, halves.members, strict=True):
@@ -229,12 +229,19 @@ def test_a_folder_of_another_sweep_is_left_alone(few, tmp_path):
     assert (tmp_path / "b/thesis.tex").read_text() == "years"
 
 
-def test_a_damaged_part_is_named_with_its_remedy(few, tmp_path):
-    sweeps.run([(small(steps=2), few)], [0], [{}], devices=1, workdir=tmp_path)
+@pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: b"", lambda content: b"no part"])
+def test_the_members_of_a_damaged_part_are_trained_again(damage, few, tmp_path, caplog):
+    def sweep(**options):
+        return sweeps.run([(small(steps=2), few)], [0], [{}], devices=1, workdir=tmp_path, **options)
+
+    whole = sweep()
     (part,) = (tmp_path / "parts").iterdir()
-    part.write_bytes(part.read_bytes()[:-100])
-    with pytest.raises(UserError, match=rf"{part.name} is damaged .*: remove it, and --resume"):
-        sweeps.run([(small(steps=2), few)], [0], [{}], devices=1, workdir=tmp_path, resume=True)
+    part.write_bytes(damage(part.read_bytes()))
+    with pytest.raises(UserError, match=f"{part.name} is damaged"):
+        parts.load_members(tmp_path)
+    assert sweep(resume=True).members == whole.members
+    assert f"{part.name} is damaged" in caplog.text
+    assert len(parts.load_members(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(

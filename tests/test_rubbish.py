@@ -1,0 +1,338 @@
+"""Whatever is fed to it, it ends in success or with a message of what to mend: no traceback, no hang, no great memory.
+
+Each test draws some hundreds of cases; in the slow suite thousands.
+"""
+
+import contextlib
+import gzip
+import importlib.util
+import io
+import json
+import os
+import resource
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, small
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import flaxmnist as fm
+from flaxmnist import fields, parallel, runs
+from flaxmnist.config import CNN, MLP, Adam, Augment, Config, Cosine, Data, Muon, OneCycle
+from flaxmnist.digits import read_digit
+from flaxmnist.errors import Stopped, UserError
+from flaxmnist.idx import read_idx
+
+MORE = 20  # times as many cases in the slow suite
+
+
+def cases(quick: int):
+    """Runs a test that takes one ``case`` more than it is given here, so many times."""
+    return pytest.mark.parametrize("count", [quick, pytest.param(MORE * quick, marks=pytest.mark.slow)])
+
+
+def try_all(count: int, strategy, check) -> None:
+    """Calls ``check`` with ``count`` cases; each must raise nothing but UserError, and memory must stay."""
+
+    def attempt(case):
+        with contextlib.suppress(UserError):
+            check(case)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    none = list(HealthCheck)
+    options = settings(max_examples=count, deadline=None, database=None, derandomize=True, suppress_health_check=none)
+    options(given(strategy)(attempt))()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 << 20, "over 2 GB more memory"
+
+
+# --- Rubbish --------------------------------------------------------------------------------------------------------
+
+words = st.text(max_size=8) | st.sampled_from(
+    ["", "None", "SGD", "CNN", "mnist", "digits", "../x", "a\0b", "nan", "\ud800"]
+)
+numbers = (
+    st.integers()
+    | st.sampled_from([0, 1, -1, 2, 7, 2**20, 2**31 - 1, 2**31, 2**63, 10**400, 1e38, 1e-300, -0.0])
+    | st.floats()
+)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | words,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def damaged(draw, contents: list[bytes]) -> bytes:
+    """One of ``contents`` with a stretch replaced, or cut off, or anything."""
+    content = draw(st.sampled_from(contents))
+    start = draw(st.integers(0, len(content)))
+    stop = draw(st.integers(start, min(len(content), start + 16)))
+    new = draw(st.binary(max_size=16) | st.just(content[start:stop]))
+    tail = draw(st.sampled_from([content[stop:], b"", content[stop:] + b"\0" * 9]))
+    return draw(st.sampled_from([content[:start] + new + tail, new]))
+
+
+# --- Configs and experiment files -----------------------------------------------------------------------------------
+
+CONFIGS = [
+    small(),
+    small(MLP(dropout=0.1), optimizer=Adam(schedule=Cosine(warmup_steps=2)), ema_decay=0.9),
+    small(CNN(), optimizer=Muon(schedule=OneCycle()), data=Data(name="digits", augment=Augment(shift=1))),
+]
+
+
+@st.composite
+def changed(draw, config: Config) -> dict:
+    """The JSON of ``config`` with up to three values, or whole parts, replaced."""
+    told = json.loads(json.dumps(fields.to_json(config)))
+    for _ in range(draw(st.integers(1, 3))):
+        part = told
+        while True:
+            name = draw(st.sampled_from(sorted(part)))
+            if not (isinstance(part[name], dict) and part[name] and draw(st.booleans())):
+                break
+            part = part[name]
+        part[name] = draw(values)
+        if not isinstance(told, dict):
+            break
+    return told
+
+
+@cases(150)
+def test_configs(count, digits):
+    mesh = parallel.make_mesh(1)
+
+    def check(told):
+        config = fields.from_json(told, Config)
+        runs.check(runs.order.resolve(config, 1257), digits, mesh, "jit")
+
+    try_all(count, st.sampled_from(CONFIGS).flatmap(changed), check)
+
+
+SOURCE = (ROOT / "experiments/quickstart.py").read_bytes()
+
+
+@cases(100)
+def test_experiment_files(count, tmp_path):
+    path = tmp_path / "experiment.py"
+
+    def check(content):
+        path.write_bytes(content)
+        assert isinstance(fm.load_experiment(path), Config)
+
+    try_all(count, damaged([SOURCE, b"config = 1", b"\xff\xfe", b"raise SystemExit", b"config = [" * 500]), check)
+
+
+# --- Files ----------------------------------------------------------------------------------------------------------
+
+LABELS = struct.pack(">HBBI", 0, 8, 1, 12) + bytes(range(12))
+IMAGES = struct.pack(">HBB3I", 0, 8, 3, 12, 9, 8) + bytes(12 * 72)
+BOMB = gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2000, 28, 28) + bytes(64 << 20))
+
+
+@cases(300)
+def test_idx_files(count, tmp_path):
+    path = tmp_path / "file"
+
+    def check(content):
+        path.write_bytes(content)
+        assert read_idx(path).dtype == np.uint8
+
+    try_all(count, damaged([LABELS, IMAGES, gzip.compress(LABELS), gzip.compress(IMAGES), BOMB]), check)
+
+
+@cases(100)
+def test_data_sets_of_four_files(count, tmp_path):
+    """Sizes and labels that do not fit together, and validation images that are too many."""
+    names = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+
+    def check(case):
+        contents, validation = case
+        for name, content in zip(names, contents, strict=True):
+            (tmp_path / name).write_bytes(content)
+        data = fm.load_data(Data(name="idx", validation=validation), tmp_path)
+        assert len(data.train.images) == len(data.train.labels)
+
+    whole = [LABELS, IMAGES, gzip.compress(IMAGES)]
+    file = st.sampled_from(whole) | damaged(whole)
+    fitting = st.tuples(*(st.just(each) | file for each in (IMAGES, LABELS, IMAGES, LABELS)))
+    try_all(count, st.tuples(fitting, st.none() | st.integers(0, 20)), check)
+
+
+def pictures() -> list[bytes]:
+    """A digit in several formats, and a picture of a hundred million pixels in a few bytes."""
+    digit = Image.fromarray((np.eye(40) * 200).astype(np.uint8)).resize((60, 80))
+    found = []
+    for kind, picture in {
+        "PNG": digit,
+        "GIF": digit,
+        "BMP": digit,
+        "WEBP": digit,
+        "TIFF": digit.convert("F"),
+        "JPEG": digit.convert("RGB"),
+    }.items():
+        picture.save(file := io.BytesIO(), kind)
+        found.append(file.getvalue())
+    Image.new("1", (20_000, 5_000)).save(file := io.BytesIO(), "PNG")
+    return [*found, file.getvalue()]
+
+
+@cases(120)
+def test_pictures(count, tmp_path):
+    path = tmp_path / "digit.png"
+
+    def check(content):
+        path.write_bytes(content)
+        assert read_digit(path).shape == (28, 28, 1)
+
+    try_all(count, damaged(pictures()), check)
+
+
+# --- Run folders ----------------------------------------------------------------------------------------------------
+
+
+@cases(25)
+def test_run_folders(count, few, tmp_path):
+    """Any file of a run damaged or replaced: it is loaded and gone on with, or refused."""
+    config = small(steps=4, checkpoint_every=2)
+    fm.fit(config, few, tmp_path / "whole", devices=1)
+    (tmp_path / "whole/result.json").rename(tmp_path / "result.json")
+    names = sorted(str(p.relative_to(tmp_path / "whole")) for p in (tmp_path / "whole").rglob("*") if p.is_file())
+    contents = {name: (tmp_path / "whole" / name).read_bytes() for name in names}
+    contents["result.json"] = (tmp_path / "result.json").read_bytes()
+    json_text = values.map(lambda value: json.dumps(value).encode())
+    case = st.sampled_from(sorted(contents)).flatmap(
+        lambda name: st.tuples(st.just(name), damaged([contents[name], b"[" * 100_000]) | json_text)
+    )
+    trials = iter(range(count * 10))
+
+    def check(case):
+        name, content = case
+        folder = tmp_path / f"{next(trials)}"
+        shutil.copytree(tmp_path / "whole", folder)
+        (folder / name).write_bytes(content)
+        try:
+            with contextlib.suppress(UserError):
+                fm.load_run(folder)
+            fm.fit(config, few, folder, devices=1, resume=True)
+        finally:
+            shutil.rmtree(folder)
+
+    try_all(count, case, check)
+
+
+@cases(25)
+def test_sweep_folders(count, few, tmp_path):
+    from flaxmnist import ensembles, sweeps
+
+    def sweep(folder, **options):
+        return sweeps.run([(small(steps=2), few)], [0, 1], [{}], devices=1, workdir=folder, **options)
+
+    sweep(tmp_path / "whole")
+    names = sorted(str(p.relative_to(tmp_path / "whole")) for p in (tmp_path / "whole").rglob("*") if p.is_file())
+    contents = {name: (tmp_path / "whole" / name).read_bytes() for name in names}
+    trials = iter(range(count * 10))
+
+    def check(case):
+        name, content = case
+        folder = tmp_path / f"{next(trials)}"
+        shutil.copytree(tmp_path / "whole", folder)
+        (folder / name).write_bytes(content)
+        try:
+            with contextlib.suppress(UserError):
+                ensembles.evaluate(folder, None, "test", None)
+            sweep(folder, resume=True)
+        finally:
+            shutil.rmtree(folder)
+
+    case = st.sampled_from(names).flatmap(
+        lambda name: st.tuples(st.just(name), damaged([contents[name], b"[1]", b"{}"]))
+    )
+    try_all(count, case, check)
+
+
+# --- Command lines --------------------------------------------------------------------------------------------------
+
+TINY = """
+from flaxmnist.config import *
+config = Config(name="tiny", model=MLP(hidden=(4,)), optimizer=SGD(), data=Data(name="digits"), train=Train(steps=2))
+"""
+SHARED = ["--help", "--nothing", "--data-dir", "--step"]
+RUNNING = ["--workdir", "--resume", "--overwrite", "--devices", "--grace"]
+OPTIONS = {
+    "train": [
+        *(*SHARED, *RUNNING, "--allow-config-change", "--backend", "--model-parallel", "--processes", "--process-id"),
+        *("--heartbeat", "--min-accuracy", "--print-config", "--log-level", "--seed", "--name", "--data.name"),
+        *("--data.validation", "--model.hidden", "--optimizer.learning-rate", "--train.batch-size", "--train.steps"),
+        *("--train.epochs", "--train.evaluate-every", "--train.keep", "--train.report", "--objective.labels"),
+    ],
+    "evaluate": [*SHARED, "--split", "--ensemble"],
+    "predict": [*SHARED, "--json"],
+    "sweep": [*SHARED, *RUNNING, "--seeds", "--over", "--random", "--share-order", "--exact"],
+    "benchmark": [*SHARED, "--json", "--peer", "--plot"],
+}
+WORDS = [
+    *(
+        "0",
+        "-1",
+        "1",
+        "2",
+        "nan",
+        "inf",
+        "1e999",
+        "",
+        "None",
+        "True",
+        "x",
+        "digits",
+        "idx",
+        "run",
+        "new",
+        "tiny.py",
+        ".",
+    ),
+    *("/dev/null", "/proc/none", "∞", "9" * 30, "model.hidden=3", "optimizer.learning-rate=1,nan", "seed=1", "=", "--"),
+    *("optimizer.learning_rate=1..2,log", "model=1", "digit.png", "((((", "\udcff", "a" * 300, "jit", "pmap", "test"),
+]
+
+
+def main(script: str):
+    """The main function of a command, in this process."""
+    spec = importlib.util.spec_from_file_location(f"launch_{script}", ROOT / f"launch/{script}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@cases(30)
+def test_command_lines(count, tmp_path, monkeypatch, few):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.py").write_text(TINY)
+    Image.fromarray(few.test.images[0, :, :, 0]).save("digit.png")
+    fm.fit(fm.load_experiment("tiny.py"), fm.load_data("digits"), "run", devices=1)
+    commands = {name: main(name) for name in OPTIONS}
+    first = {"train": "tiny.py", "sweep": "tiny.py", "evaluate": "run", "predict": "run", "benchmark": "nothing"}
+
+    def check(case):
+        name, rest = case
+        errors = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+            code = commands[name]([first[name], *rest])
+        assert code in (0, 2, 3, 4, Stopped.exit_code), errors.getvalue()
+        assert code != 2 or errors.getvalue().strip(), (name, rest)
+
+    case = st.sampled_from(sorted(OPTIONS)).flatmap(
+        lambda name: st.tuples(
+            st.just(name),
+            st.lists(st.sampled_from(OPTIONS[name]) | st.sampled_from(WORDS), max_size=5),
+        )
+    )
+    try_all(count, case, check)
+    assert sorted(path for path in os.listdir() if Path(path).is_file() and path.startswith("core")) == []
