@@ -5,6 +5,7 @@ small dataclasses, so that every field has a reader. Where a run is kept and wha
 """
 
 import math
+import re
 import runpy
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -271,7 +272,8 @@ def rules(config: Config) -> Iterator[tuple[bool, str]]:
             yield holds, f"{owner}{name} must lie in {interval}, but is {value}"
 
     whole = 2**31 - 1
-    yield config.name != "" and "/" not in config.name, "name must be a word that can begin a folder's name"
+    named = re.fullmatch(r"\w[\w.+-]{0,99}", config.name) is not None
+    yield named, f"name must be a word of at most 100 letters, digits and _.+-, but is {config.name!r}"
     yield from bounds("", config, 0, whole, "seed")
     yield from bounds("data.", data, 0, whole, "validation", "order_seed")
     yield from bounds("data.augment.", data.augment, 0, 14, "shift", "elastic")
@@ -300,7 +302,10 @@ def rules(config: Config) -> Iterator[tuple[bool, str]]:
     )
     yield from bounds("model.", model, 0, 1, "dropout", open_high=True)
     if isinstance(model, MLP):
-        yield all(1 <= units <= 2**20 for units in model.hidden), "model.hidden must be units of at least 1 each"
+        yield (
+            len(model.hidden) <= 100 and all(1 <= units <= 2**20 for units in model.hidden),
+            "model.hidden must be at most 100 layers of at least 1 unit each",
+        )
     if isinstance(model, CNN):
         yield from bounds("model.", model, 1, 2**20, "dense")
         yield from bounds("model.", model, 1, 28, "space_to_depth")

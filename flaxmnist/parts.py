@@ -6,7 +6,7 @@ import shutil
 import time
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from flaxmnist.statistics import title
 SAVE_SECONDS = 30.0
 
 # What lies in the folder of a sweep.
-CONTENTS = {"sweep.json", "parts", "curves.npz", "result.json", "plots", "lock"}
+CONTENTS = {"sweep.json", "parts", "curves.npz", "result.json", "plots", "lock", "unfinished.npz"}
 
 # What a resumed sweep may run on.
 MAY_DIFFER = {"devices", "versions"}
@@ -140,6 +140,32 @@ class Kept:
                 logger.warning("cannot save to %s (%s): tried again later", self.folder, error.strerror or error)
         self.unsaved, self.unsaved_seconds = {}, 0.0
 
+    def save_unfinished(self, numbers: list[int], arrays: Callable[[], dict[str, np.ndarray]], now: bool) -> None:
+        """Saves what members that are at work can be gone on from, ``now`` or if the last time is a while ago."""
+        if self.folder is None or not (now or time.monotonic() - self.saved_at > SAVE_SECONDS):
+            return
+        self.saved_at = time.monotonic()
+        try:
+            self.lock.check()
+            write_arrays(self.folder / "unfinished.npz", {"numbers": np.array(numbers), **arrays()})
+        except OSError as error:
+            logger.warning("cannot save to %s (%s): tried again later", self.folder, error.strerror or error)
+
+    def unfinished(self, numbers: list[int]) -> dict[str, np.ndarray] | None:
+        """What was saved of the members ``numbers`` at work; None where there is nothing, or it is damaged."""
+        path = self.folder and self.folder / "unfinished.npz"
+        if path is None or not path.exists():
+            return None
+        try:
+            arrays = read_part(path)
+        except UserError as error:
+            logger.warning("%s: its members are trained again", error)
+            return None
+        if arrays["numbers"].tolist() != numbers:
+            return None
+        logger.info("going on with %d members that were at work", len(numbers))
+        return arrays
+
     def part(self) -> dict[str, np.ndarray]:
         """What is not saved yet, as one part."""
         numbers = list(self.unsaved)
@@ -198,6 +224,7 @@ class Kept:
             logger.warning("some members ended with the same parameters: nothing in them depends on what was varied")
         if self.folder is not None:
             try:
+                (self.folder / "unfinished.npz").unlink(missing_ok=True)
                 write_arrays(self.folder / "curves.npz", curves)
                 write_json(self.folder / "result.json", result)
             except OSError as error:

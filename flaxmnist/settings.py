@@ -10,6 +10,8 @@ import numpy as np
 
 from flaxmnist.errors import UserError
 
+MOST = 100_000  # settings
+
 
 def read(over: Sequence[str], random: int | None = None) -> list[dict[str, Any]]:
     """All combinations of the values; with ``random``, so many settings drawn, always the same ones.
@@ -26,10 +28,12 @@ def read(over: Sequence[str], random: int | None = None) -> list[dict[str, Any]]
             )
     fields = {name.replace("-", "_"): values for name, _, values in named}
     if random is None:
-        combinations = itertools.product(*(listed(values) for values in fields.values()))
-        return [dict(zip(fields, values, strict=True)) for values in combinations]
-    if random < 1 or not fields:
-        raise UserError("--random draws at least one setting, from the ranges of at least one --over")
+        lists = [listed(values) for values in fields.values()]
+        if math.prod(map(len, lists)) > MOST:
+            raise UserError(f"these are over {MOST:,} combinations: give fewer values, or --random N to draw from them")
+        return [dict(zip(fields, values, strict=True)) for values in itertools.product(*lists)]
+    if not 1 <= random <= MOST or not fields:
+        raise UserError(f"--random draws 1 to {MOST:,} settings, from the ranges of at least one --over")
     generator = np.random.default_rng(0)
     return [{name: draw(name, values, generator) for name, values in fields.items()} for _ in range(random)]
 
@@ -43,7 +47,7 @@ def literal(word: str) -> Any:
     """A word as Python would read it; what it could not is a string."""
     try:
         return ast.literal_eval(word)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return word
 
 

@@ -10,8 +10,9 @@ import json
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from flaxmnist import evaluation, fields, folders, order, parallel, program, res
 from flaxmnist.config import CNN, Config
 from flaxmnist.data import Dataset, Split
 from flaxmnist.errors import Stopped, UserError
-from flaxmnist.logs import Progress
+from flaxmnist.logs import Progress, plain
 from flaxmnist.parts import Kept, Sweep
 from flaxmnist.state import Metrics, TrainState
 
@@ -38,6 +39,9 @@ FIXED = {"name", "seed", "data.name", "data.validation", "data.order_seed"}
 
 # Seconds that a chunk takes at most, about.
 CHUNK_SECONDS = 1.0
+
+# Runs in one sweep.
+MOST_MEMBERS = 100_000
 
 # The share of a device's memory that members take.
 MEMORY_SHARE = 0.5
@@ -67,7 +71,7 @@ def sweep(
     ``seeds`` is how many, from 0 on, or which. With ``share_order`` all runs see the batches of the first seed, which
     is what makes small models fast. With ``exact`` each run is to the bit what ``fit`` would give. Raises UserError.
     """
-    which = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    which = range(seeds) if isinstance(seeds, int) else list(seeds)
     combined = [dict(zip(over or {}, values, strict=True)) for values in itertools.product(*(over or {}).values())]
     return run([(config, data)], which, combined, share_order=share_order, exact=exact, devices=devices)
 
@@ -118,6 +122,8 @@ def plan(
     share_order: bool,
 ) -> list[Member]:
     """The members in order: by experiment, setting and seed. Raises UserError for a config that makes no sense."""
+    if len(experiments) * len(settings) * len(seeds) > MOST_MEMBERS:
+        raise UserError(f"a sweep has at most {MOST_MEMBERS:,} members: give fewer seeds, values or experiments")
     members = []
     for (config, data), setting, seed in itertools.product(experiments, settings, seeds):
         if config.train.patience is not None or config.train.stop_accuracy is not None:
@@ -171,7 +177,8 @@ class Group:
                 numbers = self.numbers[start : start + compiled.size]
                 if not set(numbers) <= kept.results.keys():
                     block = Block(compiled, [members[number] for number in numbers], self.names)
-                    block.train(progress, stop)
+                    block.go_on(kept.unfinished(numbers))
+                    block.train(progress, stop, partial(kept.save_unfinished, numbers))
                     for place, number in enumerate(numbers):
                         kept.add(number, block.finish(place), block.curves[place], block.member(place).weights)
                     kept.spend(block.seconds)
@@ -219,25 +226,55 @@ class Block:
         ]
         self.failed: list[str | None] = [None] * len(members)
         self.skipped: list[list[int]] = [[] for _ in members]  # steps whose loss or gradient was not finite
-        self.seconds = 0.0  # of training
+        self.step, self.seconds = 0, 0.0  # of training
 
-    def train(self, progress: Progress, stop: threading.Event) -> None:
-        """Trains to the end. Raises Stopped after the chunk in which ``stop`` is set."""
-        train, step, rate = self.configs[0].train, 0, 10.0
-        while step < train.length:
+    def train(
+        self,
+        progress: Progress,
+        stop: threading.Event,
+        save: Callable[[Callable[[], dict[str, np.ndarray]], bool], None],
+    ) -> None:
+        """Trains to the end. Raises Stopped after the chunk in which ``stop`` is set.
+
+        ``save`` is told after every chunk what can be gone on from, and whether now is the last time.
+        """
+        train, rate = self.configs[0].train, 10.0
+        progress.show(progress.step + self.step * len(self.members))
+        while self.step < train.length:
             every = train.evaluate_every or train.length
-            due = min(train.length, step - step % every + every)
-            count = min(due - step, self.compiled.capacity, max(1, int(rate * CHUNK_SECONDS)))
+            due = min(train.length, self.step - self.step % every + every)
+            count = min(due - self.step, self.compiled.capacity, max(1, int(rate * CHUNK_SECONDS)))
             began = time.perf_counter()
-            self.state, metrics = self.compiled(self.seeds, self.values, self.state, self.configs, step, count)
-            self.report(step, count, jax.device_get(metrics))
+            self.state, metrics = self.compiled(self.seeds, self.values, self.state, self.configs, self.step, count)
+            self.report(self.step, count, jax.device_get(metrics))
             seconds = time.perf_counter() - began
-            self.seconds, step, rate = self.seconds + seconds, step + count, count / seconds
+            self.seconds, self.step, rate = self.seconds + seconds, self.step + count, count / seconds
             progress.show(progress.step + count * len(self.members))
-            if step == due:
-                self.validate(step)
+            if self.step == due:
+                self.validate(self.step)
+            save(self.arrays, stop.is_set())
             if stop.is_set():
-                raise Stopped("stopped; --resume goes on with the members that are not finished")
+                raise Stopped("stopped; --resume goes on")
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What it takes to go on from here."""
+        told = {"step": self.step, "seconds": self.seconds, "failed": self.failed, "skipped": self.skipped}
+        curves = [{name: [plain(x) for x in column] for name, column in each.items()} for each in self.curves]
+        leaves = {f"leaf.{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))}
+        return {"told": np.array(json.dumps(told | {"curves": curves})), **leaves}
+
+    def go_on(self, arrays: dict[str, np.ndarray] | None) -> None:
+        """Goes on from what ``arrays`` gave, if it fits: on other devices, other members may be trained at once."""
+        leaves, tree = jax.tree.flatten(self.state)
+        if arrays is None or any(
+            f"leaf.{i}" not in arrays or arrays[f"leaf.{i}"].shape != leaf.shape for i, leaf in enumerate(leaves)
+        ):
+            return
+        placed = [jax.device_put(arrays[f"leaf.{i}"], leaf.sharding) for i, leaf in enumerate(leaves)]
+        self.state = jax.tree.unflatten(tree, placed)
+        told = json.loads(str(arrays["told"]))
+        self.step, self.seconds, self.curves = told["step"], told["seconds"], told["curves"]
+        self.failed, self.skipped = told["failed"], told["skipped"]
 
     def report(self, start: int, count: int, metrics: Metrics) -> None:
         """Takes down the losses of ``count`` steps from ``start`` on, and who diverged."""

@@ -1,7 +1,10 @@
 """Eight CPU devices, no silent broadcasting, and small things that several tests need."""
 
+import importlib.util
 import itertools
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +58,17 @@ def small(model="softmax", *, optimizer=None, data=None, **train) -> Config:
         data=data or Data(name="digits"),
         train=Train(**train),
     )
+
+
+def main(script: str) -> Callable[[list[str]], int]:
+    """The main function of a command, to be called in this process: it takes arguments and returns the exit code."""
+    name = f"launch_{script}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / f"launch/{script}.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name].main
 
 
 def assert_same(one, other) -> None:

@@ -1,8 +1,9 @@
-"""What takes minutes to prove: python tests/stress.py kill [--minutes 10] | long
+"""What takes minutes to prove: python tests/stress.py kill [--minutes 10] | stop EXPERIMENT.py | long
 
 ``kill`` starts runs, kills them with SIGKILL at random moments, resumes them until they are finished, and compares what
 they end with to runs that were never killed: parameters, optimizer state and records must be the same to the bit.
-``long`` trains 200,000 steps and looks at memory, speed and records. Both exit with 1 where it is not as it should be.
+``stop`` sends SIGTERM to an experiment at random moments, and tells how many seconds later it ended.
+``long`` trains 200,000 steps and looks at memory, speed and records. All exit with 1 where it is not as it should be.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,7 +31,7 @@ from flaxmnist.config import SGD, Config, Data, Softmax, Train
 
 ROOT = Path(__file__).parent.parent
 
-# Runs of a few seconds, which save all the time and carry all that a state may hold.
+# Runs of a few seconds, which save all the time and carry all that a state may hold. The last is of two processes.
 RUNS = {
     "softmax": """
         model=Softmax(), optimizer=SGD(learning_rate=0.1),
@@ -43,11 +45,21 @@ RUNS = {
         model=CNN(features=(8, 16), kernel=(3,), dense=64, dropout=0.4), optimizer=Adam(learning_rate=1e-3),
         train=Train(batch_size=50, steps=500, log_every=1, evaluate_every=50, checkpoint_every=10, ema_decay=0.99),
     """,
+    "two": """
+        model=MLP(hidden=(64,), dropout=0.5), optimizer=Adam(learning_rate=1e-3),
+        train=Train(batch_size=50, steps=300, log_every=5, evaluate_every=50, checkpoint_every=10),
+    """,
 }
 
 
-def command(folder: Path, name: str) -> list[str]:
-    return [sys.executable, str(ROOT / "launch/train.py"), str(folder / f"{name}.py"), "--resume", "--workdir"]
+def command(folder: Path, name: str, workdir: Path) -> list[str]:
+    """What trains the run called ``name`` of RUNS: one process, or two."""
+    start = (
+        ["bash", str(ROOT / "launch/local.sh"), "2"]
+        if name == "two"
+        else [sys.executable, str(ROOT / "launch/train.py")]
+    )
+    return [*start, str(folder / f"{name}.py"), "--resume", "--workdir", str(workdir)]
 
 
 def moment(workdir: Path, began: float, told: str) -> str:
@@ -81,13 +93,14 @@ def kill(minutes: float, seed: int) -> bool:
     """Whether all killed runs ended as if they had not been."""
     scratch = Path(tempfile.mkdtemp(prefix="stress-"))
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     whole = {}
     for name, fields in RUNS.items():
         (scratch / f"{name}.py").write_text(
             f"from flaxmnist.config import *\nconfig = Config(name={name!r}, data=Data(name='digits'), {fields})\n"
         )
         began = time.monotonic()
-        subprocess.run([*command(scratch, name), str(scratch / name)], env=environment, check=True, capture_output=True)
+        subprocess.run(command(scratch, name, scratch / name), env=environment, check=True, capture_output=True)
         whole[name] = time.monotonic() - began
         print(f"{name}: {whole[name]:.1f} s without being killed", flush=True)
     moments: collections.Counter[str] = collections.Counter()
@@ -105,11 +118,11 @@ def kill(minutes: float, seed: int) -> bool:
                 lives += 1
                 began, patience = time.time(), chance.uniform(0, 1.5 * whole[name])
                 with subprocess.Popen(
-                    [*command(scratch, name), str(workdir)], env=environment, stderr=subprocess.PIPE, text=True,
-                    stdout=subprocess.DEVNULL,
+                    command(scratch, name, workdir), env=environment, stderr=subprocess.PIPE, text=True,
+                    stdout=subprocess.DEVNULL, start_new_session=True,
                 ) as process:  # fmt: skip
-                    # After its time is up, a run is let finish.
-                    alarm = threading.Timer(patience, process.kill)
+                    # After the time of the whole is up, a run is let finish.
+                    alarm = threading.Timer(patience, os.killpg, [process.pid, signal.SIGKILL])
                     if time.monotonic() < deadline:
                         alarm.start()
                     assert process.stderr is not None
@@ -132,14 +145,34 @@ def kill(minutes: float, seed: int) -> bool:
         worker.start()
     for worker in workers:
         worker.join()
-    print(
-        f"\n{sum(moments.values())} kills, {sum(finished.values())} runs finished, {len(troubles)} of them not as they"
-    )
-    print("would have without: " + "; ".join(f"{count} {where}" for where, count in moments.most_common()))
+    where = ", ".join(f"{count} {name}" for name, count in moments.most_common())
+    print(f"{sum(moments.values())} kills: {where}")
+    print(f"{sum(finished.values())} runs finished as if they had not been killed, {len(troubles)} did not")
     for trouble in troubles:
         print(trouble)
     shutil.rmtree(scratch)
     return not troubles
+
+
+def stop(experiment: str, data_dir: str | None, times: int, seed: int) -> bool:
+    """Whether an experiment ended with 75 and within 30 s, however soon after its start it was told to."""
+    chance = random.Random(seed)
+    waits = []
+    for _ in range(times):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(ROOT / "launch/train.py"), experiment, "--workdir", f"{folder}/run"]
+            command += ["--data-dir", data_dir] if data_dir else ["--data.name", "digits"]
+            with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+                time.sleep(chance.uniform(0, 15))
+                began = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+                code = process.wait()
+                waits.append(time.monotonic() - began)
+        if code != 75:
+            print(f"ended with {code}")
+            return False
+    print(f"{times} times, seconds from signal to end: mean {statistics.mean(waits):.1f}, longest {max(waits):.1f}")
+    return max(waits) < 30
 
 
 def memory() -> int:
@@ -190,11 +223,19 @@ def long(steps: int, data_dir: str | None) -> bool:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kill", "long"])
+    parser.add_argument("what", choices=["kill", "stop", "long"])
+    parser.add_argument("experiment", nargs="?", default="experiments/cnn_experts.py", help="which one to stop")
     parser.add_argument("--minutes", type=float, default=10.0, help="how long to kill (default: 10)")
+    parser.add_argument("--times", type=int, default=20, help="how often to stop (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--steps", type=int, default=200_000, help="of the long run (default: 200000)")
-    parser.add_argument("--data-dir", help="train the long run on MNIST, from here (default: on the digits)")
+    parser.add_argument("--data-dir", help="stop, and train long, on MNIST from here (default: on the digits)")
     given = parser.parse_args()
-    well = kill(given.minutes, given.seed) if given.what == "kill" else long(given.steps, given.data_dir)
+    match given.what:
+        case "kill":
+            well = kill(given.minutes, given.seed)
+        case "stop":
+            well = stop(given.experiment, given.data_dir, given.times, given.seed)
+        case _:
+            well = long(given.steps, given.data_dir)
     sys.exit(0 if well else 1)

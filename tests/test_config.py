@@ -58,7 +58,7 @@ WRONG = {
     "optimizer.schedule.peak must lie in (0, 1)": lambda: small(optimizer=SGD(schedule=config.OneCycle(peak=0.0))),
     "optimizer must be SGD or Adam or Muon, but is Softmax": lambda: small(optimizer=Softmax()),
     "model.hidden must be a tuple of int": lambda: small(MLP(hidden=[3])),
-    "model.hidden must be units of at least 1": lambda: small(MLP(hidden=(0,))),
+    "model.hidden must be at most 100 layers of at least 1 unit": lambda: small(MLP(hidden=(0,))),
     "model.kernel must be sides": lambda: small(CNN(features=(2, 2, 2), kernel=(5, 3))),
     "optimizer.newton_schulz_steps must lie in [1, 20]": lambda: small(optimizer=config.Muon(newton_schulz_steps=0)),
     "model.features must be at least one": lambda: small(CNN(features=())),

@@ -16,6 +16,7 @@ from flaxmnist import config, evaluation, fields, order, steps
 from flaxmnist.config import CNN, MLP, SGD, Adam, Config, Objective, Softmax
 
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
+LARGE = {"cnn_experts", "cnn_layers", "record", "speedrun"}
 
 
 def load(name: str, count: int) -> Config:
@@ -43,7 +44,9 @@ def test_training_and_prediction_lower_for_every_platform(name, digits):
         assert exported.platforms == ("cpu", "cuda", "tpu")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in NAMES]
+)
 def test_every_experiment_trains_a_step_and_predicts(name, few):
     experiment = fm.load_experiment(ROOT / f"experiments/{name}.py")
     run = fm.fit(replace(experiment, train=replace(experiment.train, steps=1, epochs=None)), few, devices=1)
@@ -163,7 +166,14 @@ def before():
     return {}
 
 
-@pytest.mark.parametrize(("base", "field"), [(base, field) for base, fields in CHANGES.items() for field in fields])
+@pytest.mark.parametrize(
+    ("base", "field"),
+    [
+        pytest.param(base, field, marks=pytest.mark.slow if base in ("cnn", "muon") else ())
+        for base, fields in CHANGES.items()
+        for field in fields
+    ],
+)
 def test_every_field_changes_something(base, field, few, before):
     if base not in before:
         before[base] = observed(BASES[base], few)

@@ -5,19 +5,17 @@ Each test draws some hundreds of cases; in the slow suite thousands.
 
 import contextlib
 import gzip
-import importlib.util
 import io
 import json
 import os
 import resource
 import shutil
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, small
+from conftest import ROOT, main, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -301,14 +299,6 @@ WORDS = [
     *("/dev/null", "/proc/none", "∞", "9" * 30, "model.hidden=3", "optimizer.learning-rate=1,nan", "seed=1", "=", "--"),
     *("optimizer.learning_rate=1..2,log", "model=1", "digit.png", "((((", "\udcff", "a" * 300, "jit", "pmap", "test"),
 ]
-
-
-def main(script: str):
-    """The main function of a command, in this process."""
-    spec = importlib.util.spec_from_file_location(f"launch_{script}", ROOT / f"launch/{script}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @cases(30)

@@ -21,6 +21,10 @@ def fit(config, data, *arguments, **options):
     return fm.fit(config, data, *arguments, devices=1, **options)
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def stop_at(monkeypatch, step: int) -> threading.Event:
     """A signal that comes while the chunk that ends at ``step`` is computed."""
     stop, call = threading.Event(), program.Program.__call__
@@ -75,8 +79,11 @@ def test_the_run_folder(few, tmp_path):
     assert not [key for record in run.history for key in record if "second" in key or "time" in key]
 
 
-def test_equal_runs_have_equal_files_and_parameters(few, tmp_path):
-    one, other = (fit(small("cnn"), few, tmp_path / name) for name in "ab")
+@pytest.mark.parametrize(("devices", "backend"), [(1, "jit"), slow(8, "jit"), slow(8, "pmap")])
+def test_equal_runs_have_equal_files_and_parameters(devices, backend, few, tmp_path):
+    options = {"devices": devices, "backend": backend}
+    one, other = (fm.fit(small("cnn", optimizer=Adam()), few, tmp_path / name, **options) for name in "ab")
+    assert_same(one.state, other.state)
     assert one.result["params_sha256"] == other.result["params_sha256"]
     assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
 
@@ -103,8 +110,9 @@ RESUMABLE = {
 }
 
 
-@pytest.mark.parametrize("stop", [5, 7], ids=["at the end of an epoch", "in the middle of one"])
-@pytest.mark.parametrize("name", ["softmax", "mlp", pytest.param("cnn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "stop"), [("softmax", 5), ("softmax", 7), slow("mlp", 5), ("mlp", 7), slow("cnn", 5), slow("cnn", 7)]
+)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, stop, few, tmp_path, monkeypatch):
     config = RESUMABLE[name]
     whole = fit(config, few, tmp_path / "whole")
@@ -344,7 +352,7 @@ def test_steps_that_are_not_finite_can_be_left_out(few, spoilt, tmp_path, monkey
 
 
 def test_a_step_that_is_left_out_changes_nothing(few, spoilt):
-    config = small("cnn", optimizer=Adam(), skip_nonfinite=1)
+    config = small("mlp", optimizer=Adam(), skip_nonfinite=1)
     before = fit(replace(config, train=replace(config.train, steps=19)), few)
     spoilt(19)
     after = fit(config, few)

@@ -36,12 +36,14 @@ def test_random_settings_are_the_same_ones_each_time():
         (["model.dropout"], None, "must be FIELD=V1,V2"),
         (["=1"], None, "must be FIELD=V1,V2"),
         (["model.dropout=0..1"], None, "is a range: give --random N"),
+        (["model.dropout=0..1"], 10**9, "--random draws 1 to 100,000 settings"),
+        ([f"{name}={'1,' * 999}1" for name in ("seed", "train.steps")], None, "are over 100,000 combinations"),
         (["model.dropout=1..0"], 3, "with LOW below HIGH"),
         (["model.dropout=0..1,log"], 3, "above 0 for log"),
         (["model.dropout=0..1,lin"], 3, "must be LOW..HIGH"),
         (["model.dropout=a..b"], 3, "must be LOW..HIGH"),
         ([], 3, "the ranges of at least one --over"),
-        (["model.dropout=0..1"], 0, "at least one setting"),
+        (["model.dropout=0..1"], 0, "draws 1 to 100,000 settings"),
     ],
 )
 def test_what_cannot_be_read(over, random, message):

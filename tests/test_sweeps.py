@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -201,7 +202,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_results(alone, few, tmp_path, monke
     stop, finish = threading.Event(), sweeps.Block.finish
     with monkeypatch.context() as patch:
         patch.setattr(sweeps.Block, "finish", lambda *a: stop.set() or finish(*a))
-        with pytest.raises(Stopped, match="--resume goes on with the members that are not finished"):
+        with pytest.raises(Stopped, match="--resume goes on"):
             run("cut", stop=stop)
     (tmp_path / "cut/parts/half.npz.tmp").write_bytes(b"half")
     kept = len(list((tmp_path / "cut/parts").glob("*.npz")))
@@ -213,6 +214,44 @@ def test_a_stopped_sweep_goes_on_to_the_same_results(alone, few, tmp_path, monke
         np.testing.assert_array_equal(resumed.curves[name], column)
     monkeypatch.setattr(program.Members, "__init__", None)
     assert run("cut", resume=True).members == whole.members, "nothing is trained again"
+
+
+@pytest.mark.parametrize("alone", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_members_at_work_go_on_from_where_they_were(alone, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "trains_alone", lambda config, share_order: alone)
+    config = small("mlp", optimizer=Adam(), steps=9, evaluate_every=3, skip_nonfinite=1)
+
+    def run(folder, **options):
+        return sweeps.run([(config, few)], [0, 1, 2], [{}], devices=1, workdir=tmp_path / folder, **options)
+
+    whole = run("whole")
+    stop, validate, done = threading.Event(), sweeps.Block.validate, []
+
+    def validating(block, step):
+        validate(block, step)
+        done.append(step)
+        if len(done) == (5 if alone else 2):
+            stop.set()
+
+    monkeypatch.setattr(sweeps.Block, "validate", validating)
+    with pytest.raises(Stopped):
+        run("cut", stop=stop)
+    assert done.pop() == 6
+    (tmp_path / "cut/unfinished.npz").rename(tmp_path / "unfinished.npz")
+    done.clear()
+    for damage in (b"", None):
+        if damage is None:
+            shutil.copy(tmp_path / "unfinished.npz", tmp_path / "cut")
+        else:
+            shutil.copytree(tmp_path / "cut", tmp_path / "damaged")
+            (tmp_path / "damaged/unfinished.npz").write_bytes(damage)
+        done.clear()
+        resumed = run("cut" if damage is None else "damaged", resume=True)
+        assert done[0] == (9 if damage is None else 3), "only what is not done is done"
+        assert resumed.members == whole.members
+        for name, column in whole.curves.items():
+            np.testing.assert_array_equal(resumed.curves[name], column)
+    assert not (tmp_path / "cut/unfinished.npz").exists()
 
 
 def test_a_folder_of_another_sweep_is_left_alone(few, tmp_path):
@@ -259,6 +298,11 @@ def test_the_members_of_a_damaged_part_are_trained_again(damage, few, tmp_path, 
 def test_what_cannot_be_swept(over, message, few):
     with pytest.raises(UserError, match=message):
         swept(small("mlp"), few, seeds=1, over=over)
+
+
+def test_a_sweep_that_is_too_large_is_refused_before_it_fills_the_memory(few):
+    with pytest.raises(UserError, match="a sweep has at most 100,000 members"):
+        swept(small("mlp"), few, seeds=10**12)
 
 
 def test_two_experiments_of_one_name_cannot_be_told_apart(few):
