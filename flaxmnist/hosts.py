@@ -20,6 +20,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from flaxmnist.errors import BelowTarget, Diverged, Stopped, UserError
+from flaxmnist.signals import end
 
 # Seconds without a sign of life after which a process counts as lost.
 HEARTBEAT = 20.0
@@ -137,13 +138,6 @@ def joined(
         raise
     finally:
         watch.close()
-
-
-def end(reason: str, linger: float = 0) -> None:
-    """Ends this process, whatever its main thread waits for, ``linger`` seconds after it said why."""
-    os.write(2, f"flaxmnist: {reason}; --resume goes on\n".encode())
-    time.sleep(linger)
-    os._exit(Stopped.exit_code)
 
 
 class Watch:

@@ -133,7 +133,8 @@ class Members:
         self, config: Config, names: tuple[str, ...], data: Dataset, train: Split, mesh: Mesh, each: int, shared: bool
     ):
         self.config, self.train, self.shared, self.size = config, train, shared, each * mesh.size
-        self.capacity = min(LONGEST if each == 1 else LONGEST // 4, config.train.length)
+        rows = config.train.batch_size * (1 if shared else self.size)
+        self.capacity = min(LONGEST if each == 1 else LONGEST // 4, config.train.length, max(1, MOST_IMAGES // rows))
         self.whole, self.split = parallel.whole(mesh), parallel.split_rows(mesh)
         self.lies = self.whole if shared else self.split
 

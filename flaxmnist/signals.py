@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -73,7 +74,8 @@ def stop_on_signals(grace: float = GRACE) -> Iterator[threading.Event]:
             os.close(reading)
 
 
-def end(reason: str) -> None:
-    """Ends this process, whatever its main thread does."""
-    os.write(2, f"flaxmnist: {reason}; --resume goes on from the last checkpoint\n".encode())
+def end(reason: str, linger: float = 0) -> None:
+    """Ends this process, whatever its main thread does, ``linger`` seconds after it said why."""
+    os.write(2, f"flaxmnist: {reason}; --resume goes on\n".encode())
+    time.sleep(linger)
     os._exit(Stopped.exit_code)

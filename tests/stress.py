@@ -163,7 +163,7 @@ def stop(experiment: str, data_dir: str | None, times: int, seed: int) -> bool:
             command = [sys.executable, str(ROOT / "launch/train.py"), experiment, "--workdir", f"{folder}/run"]
             command += ["--data-dir", data_dir] if data_dir else ["--data.name", "digits"]
             with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-                time.sleep(chance.uniform(0, 15))
+                time.sleep(chance.uniform(0.5, 15))
                 began = time.monotonic()
                 process.send_signal(signal.SIGTERM)
                 code = process.wait()
