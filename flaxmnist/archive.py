@@ -37,7 +37,8 @@ class Archive:
         kept = folder / "checkpoints"
         last = hosts.on_first(lambda: folders.newest_step(folder, config))
         if last is not None:
-            saved = manifest.read(kept, last)
+            saved = manifest.find(kept, str(last))
+            assert saved is not None
             self.state, text = restore(kept, last, state), saved.records
             clock.resume(saved.about["seconds"])
             logger.info("going on from the checkpoint at step %d", last)

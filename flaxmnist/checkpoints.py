@@ -118,20 +118,26 @@ class Checkpoints:
         if hasattr(LIBC, "malloc_trim"):
             LIBC.malloc_trim(0)
         if hosts.is_first():
-            there = steps(self.folder)
-            for step in set(there) - {*there[: self.keep], best(self.folder, there)}:
-                shutil.rmtree(self.folder / str(step), ignore_errors=True)
+            with contextlib.suppress(UserError):
+                there = steps(self.folder)
+                for step in set(there) - {*there[: self.keep], best(self.folder, there)}:
+                    shutil.rmtree(self.folder / str(step), ignore_errors=True)
 
     def fail(self, error: Exception) -> NoReturn:
         """Raises as OSError what orbax raised, and forgets the checkpointer, which is of no use afterwards."""
         self.checkpointer, self.saving = None, None
         if hosts.is_first():
             self.remove_unfinished()
-        if isinstance(error, OSError):
-            raise error
         told = " ".join(str(error).split())
         code = re.search(r"os_error_code='(\d+)'", told)
-        raise (OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(told[:300])) from error
+        if code:
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+            raise error
+        if jax.process_count() > 1:
+            # No disk has failed, but the exchange with another process.
+            raise RuntimeError(told) from error
+        raise OSError(told[:300]) from error
 
     def close(self) -> None:
         """Waits for what is being saved; whether it could be no longer matters."""

@@ -1,5 +1,6 @@
 """The ways a command may end other than well, and the exit code of each."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ class UserError(ValueError):
 
 
 class Diverged(ArithmeticError):
-    """The loss is no longer finite; the last good checkpoint is kept."""
+    """Loss, gradient or weights are no longer finite; the last good checkpoint is kept."""
 
     exit_code = 3
 
@@ -23,25 +24,31 @@ class BelowTarget(Exception):
     exit_code = 4
 
 
-class Stopped(Exception):
-    """Told to stop before the end; ``--resume`` goes on."""
+class Stopped(BaseException):
+    """Told to stop before the end; ``--resume`` goes on. Like KeyboardInterrupt no error, that nobody mends it."""
 
     exit_code = 75
+
+
+def tell(message: str) -> None:
+    """Says it on standard error, if that can be written to: it may be a file on a full disk."""
+    with contextlib.suppress(OSError):
+        print(f"flaxmnist: {message}", file=sys.stderr, flush=True)
 
 
 def exit_code(command: Callable[[], None]) -> int:
     """Runs ``command`` and returns the exit code of how it ended, its message on standard error.
 
-    Anything but the four endings above is a defect of ours and keeps its traceback.
+    Anything but the endings above, a keyboard's interrupt and a reader gone is a defect of ours, with its traceback.
     """
     try:
         command()
         sys.stdout.flush()
     except (UserError, Diverged, BelowTarget, Stopped) as ending:
-        print(f"flaxmnist: {ending}", file=sys.stderr)
+        tell(str(ending))
         return ending.exit_code
     except KeyboardInterrupt:
-        print("flaxmnist: stopped", file=sys.stderr)
+        tell("stopped")
         return Stopped.exit_code
     except SystemExit as ending:
         # The argument parser has said what it had to say.

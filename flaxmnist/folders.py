@@ -50,7 +50,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_described(folder: Path) -> dict[str, Any]:
     """What ``config.json`` in ``folder`` holds or, where it is damaged or gone, the newest checkpoint knows of it."""
     try:
-        return read_json(folder / "config.json")
+        described = read_json(folder / "config.json")
+        with as_saved(folder):
+            fields.from_json(described["config"], Config)
+            height, width, classes = *described["data"]["shape"], described["data"]["classes"]
+            if not all(type(size) is int and size > 0 for size in (height, width, classes)):
+                raise UserError(f"{folder}/config.json does not say what the data are")
+        return described
     except UserError as error:
         saved = manifest.newest(folder / "checkpoints")
         if saved is None:
@@ -160,12 +166,12 @@ def is_finished(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found = {path.name.removesuffix(".tmp") for path in folder.iterdir()}
+        found = {path.name for path in folder.iterdir()}
         if found and not (resume or overwrite):
             raise UserError(
                 f"{folder} is not empty: give --resume to go on there, --overwrite to begin anew, or another --workdir"
             )
-        if overwrite and "config.json" not in found and not found <= CONTENTS:
+        if overwrite and "config.json" not in found and not {name.removesuffix(".tmp") for name in found} <= CONTENTS:
             raise UserError(f"{folder} is no run folder: --overwrite leaves it alone, give another --workdir")
         lock.take(folder)
         if overwrite:
@@ -185,13 +191,25 @@ def is_finished(
     if "result.json" not in found:
         return False
     try:
-        done = read_json(folder / "result.json").get("steps", 0)
-        read_records(folder / "metrics.jsonl")
+        done = check_result(folder)
     except UserError as error:
         logger.warning("%s: the run is finished again from its last checkpoint", error)
         return False
     check_longer(folder, done, new)
     return config.train.steps == new.train.steps and not changed
+
+
+def check_result(folder: Path) -> int:
+    """The steps of the finished run in ``folder``. Raises UserError where its files are not as it left them."""
+    saved = manifest.newest(folder / "checkpoints")
+    with as_saved(folder):
+        result, records = read_json(folder / "result.json"), read_records(folder / "metrics.jsonl")
+        steps, test = result["steps"], (result["test_loss"], result["test_accuracy"])
+        if saved is None or saved.step != steps or not isinstance(result["seconds"], dict):
+            raise UserError(f"{folder} has no checkpoint of the step that its result.json tells of")
+        if (records[-1]["split"], records[-1]["loss"], records[-1]["accuracy"]) != ("test", *test):
+            raise UserError(f"{folder}/metrics.jsonl does not end with the test that its result.json tells of")
+    return steps
 
 
 def persist(folder: Path, save: Callable[[], None], rescue: Callable[[Path], str]) -> None:
@@ -208,12 +226,12 @@ def persist(folder: Path, save: Callable[[], None], rescue: Callable[[Path], str
         except OSError as error:
             reason = error.strerror or error
             logger.warning("cannot save to %s (%s)", folder, reason)
-    for parent in (tempfile.gettempdir(), Path.home(), Path.cwd()):
+    for place in (tempfile.gettempdir, Path.home, Path.cwd):
         elsewhere = None
         try:
-            elsewhere = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=parent))
+            elsewhere = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=place()))
             advice = rescue(elsewhere)
-        except OSError:
+        except (OSError, RuntimeError):  # a home that nobody has raises the latter
             if elsewhere is not None:
                 shutil.rmtree(elsewhere, ignore_errors=True)
         else:

@@ -25,7 +25,9 @@ class ConsoleHandler(logging.Handler):
     """Lines on standard error, above the progress bar where one is drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        # Standard error may be a file on a full disk, or a pipe that nobody reads any more.
+        with contextlib.suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def show(level: str) -> None:
@@ -124,6 +126,9 @@ class Records:
         """Writes what is new. Raises OSError, and has it still then."""
         if self.path is None:
             return
+        if not self.path.exists():
+            self.written = 0
+            write_file(self.path, b"")
         with self.path.open("r+b", buffering=0) as file:
             file.seek(self.written)
             while self.written < len(self.text):

@@ -36,7 +36,10 @@ class Saved:
 def steps(folder: Path) -> list[int]:
     """The steps of the checkpoints in ``folder``, the newest first."""
     try:
-        return sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
+        return sorted(
+            (int(path.name) for path in folder.iterdir() if path.name.isdecimal() and len(path.name) <= 18),
+            reverse=True,
+        )
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -76,7 +79,7 @@ def find(folder: Path, which: str) -> Saved | None:
                 f"{folder} has no best checkpoint: none was saved at a step evaluated on validation images "
                 "(data.validation, train.evaluate_every); take --step latest"
             )
-    elif not which.isdecimal() or int(which) not in there:
+    elif not which.isdecimal() or len(which) > 18 or int(which) not in there:
         raise UserError(f"{folder} has no checkpoint {which}: give latest, best or one of {there[::-1]}")
     else:
         step = int(which)
@@ -116,7 +119,7 @@ def verify(folder: Path) -> dict[str, Any]:
     try:
         found = dict(hashes(folder))
     except OSError as error:
-        raise DamagedError(f"{error.filename} cannot be read ({error.strerror})") from None
+        raise unreadable(error) from None
     for name, checksum in told["files"].items():
         if name not in found:
             raise DamagedError(f"{name} is missing")
@@ -130,12 +133,20 @@ def read_whole(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / NAME).read_text())
         checksum, told = content["sha256"], content["checkpoint"]
     except OSError as error:
-        raise DamagedError(f"{NAME}: {error.strerror}") from None
+        raise unreadable(error) from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DamagedError(f"{NAME} has changed") from None
     if sha256(told) != checksum:
         raise DamagedError(f"{NAME} has changed")
     return told
+
+
+def unreadable(error: OSError) -> DamagedError | UserError:
+    """What to raise for a file that is gone, or that is there but is not given out: that may be mended."""
+    path = Path(error.filename)
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return DamagedError(f"{path.name} is missing")
+    return UserError(f"{path} cannot be read ({error.strerror}): mend that")
 
 
 def sha256(told: Any) -> str:

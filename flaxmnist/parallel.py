@@ -122,7 +122,8 @@ def mesh_of(tree: Any) -> Mesh | None:
 def memory(mesh: Mesh) -> float:
     """Bytes of a device of ``mesh``, or its part of the machine's. Not what is free, so that it is the same again."""
     counted = jax.local_devices()[0].memory_stats() or {}
-    return counted.get("bytes_limit", machine_memory() / mesh.size)
+    here = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
+    return counted.get("bytes_limit", machine_memory() / here)
 
 
 def machine_memory() -> int:

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,6 +65,7 @@ class Kept:
         self.curves: dict[int, dict[str, list[float]]] = {}
         self.unsaved: dict[int, Any] = {}  # weights
         self.unwritten: list[dict[str, np.ndarray]] = []  # parts
+        self.at_work: dict[str, np.ndarray] = {}  # what members at work can be gone on from
         self.seconds = self.unsaved_seconds = 0.0  # of training
         self.lock = Lock()
         if folder is None:
@@ -77,7 +76,8 @@ class Kept:
             raise folders.unwritable(folder, error) from None
         for path in sorted(folder.glob("parts/*.npz")):
             try:
-                self.take(read_part(path))
+                with folders.as_saved(path):
+                    self.take(read_part(path))
             except UserError as error:
                 logger.warning("%s: its members are trained again", error)
                 path.rename(path.with_suffix(".damaged"))
@@ -132,8 +132,9 @@ class Kept:
     def save(self) -> None:
         """Saves what is not saved yet, all of one shape. A failure is told, and the next time it is tried again."""
         self.saved_at = time.monotonic()
-        if self.unsaved and self.folder is not None:
-            self.unwritten.append(self.part())
+        if self.folder is not None:
+            if self.unsaved:
+                self.unwritten.append(self.part())
             try:
                 self.write(self.folder)
             except OSError as error:
@@ -142,14 +143,9 @@ class Kept:
 
     def save_unfinished(self, numbers: list[int], arrays: Callable[[], dict[str, np.ndarray]], now: bool) -> None:
         """Saves what members that are at work can be gone on from, ``now`` or if the last time is a while ago."""
-        if self.folder is None or not (now or time.monotonic() - self.saved_at > SAVE_SECONDS):
-            return
-        self.saved_at = time.monotonic()
-        try:
-            self.lock.check()
-            write_arrays(self.folder / "unfinished.npz", {"numbers": np.array(numbers), **arrays()})
-        except OSError as error:
-            logger.warning("cannot save to %s (%s): tried again later", self.folder, error.strerror or error)
+        if self.folder is not None and (now or time.monotonic() - self.saved_at > SAVE_SECONDS):
+            self.at_work = {"numbers": np.array(numbers), **arrays()}
+            self.save()
 
     def unfinished(self, numbers: list[int]) -> dict[str, np.ndarray] | None:
         """What was saved of the members ``numbers`` at work; None where there is nothing, or it is damaged."""
@@ -157,11 +153,12 @@ class Kept:
         if path is None or not path.exists():
             return None
         try:
-            arrays = read_part(path)
+            with folders.as_saved(path):
+                arrays = read_part(path)
+                if arrays["numbers"].tolist() != numbers or "told" not in arrays:
+                    return None
         except UserError as error:
             logger.warning("%s: its members are trained again", error)
-            return None
-        if arrays["numbers"].tolist() != numbers:
             return None
         logger.info("going on with %d members that were at work", len(numbers))
         return arrays
@@ -181,11 +178,14 @@ class Kept:
         return part
 
     def write(self, folder: Path) -> None:
-        """Writes the parts that are not written yet. Raises OSError."""
+        """Writes what is not written yet. Raises OSError."""
+        self.lock.check()
         while self.unwritten:
-            self.lock.check()
             write_arrays(folder / f"parts/{self.unwritten[0]['numbers'][0]:05d}.npz", self.unwritten[0])
             del self.unwritten[0]
+        if self.at_work:
+            write_arrays(folder / "unfinished.npz", self.at_work)
+            self.at_work = {}
 
     def settle(self) -> None:
         """Returns when everything is on the disk; else keeps it elsewhere, and raises UserError."""
@@ -197,7 +197,9 @@ class Kept:
         (elsewhere / "parts").mkdir()
         for part in self.unwritten:
             write_arrays(elsewhere / f"parts/{part['numbers'][0]:05d}.npz", part)
-        return f"what is not there is kept in {elsewhere}/parts: move it to {self.folder}/parts, and --resume goes on"
+        if self.at_work:
+            write_arrays(elsewhere / "unfinished.npz", self.at_work)
+        return f"what is not there is kept in {elsewhere}: copy it to {self.folder}, and --resume goes on"
 
     def columns(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
         """The curves of members, one under the other."""
@@ -276,7 +278,7 @@ def read_part(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # NumPy and zipfile raise all kinds
         raise UserError(f"{path} is damaged ({error})") from None
 
 

@@ -24,7 +24,7 @@ from flaxmnist.lock import Lock
 from flaxmnist.logs import Clock, Progress, Records, logger, write_json
 from flaxmnist.program import Backend, Program, first_state, place, state_shapes, train_logits
 from flaxmnist.results import Run, finished_run, result_of
-from flaxmnist.state import Metrics, Totals
+from flaxmnist.state import Metrics, Totals, row_before
 
 # Seconds that a chunk takes at most, about: how soon a signal is answered.
 CHUNK_SECONDS = 1.0
@@ -248,7 +248,7 @@ class Loop:
         """Records that ``step`` changed nothing, for ``reason``. Raises Diverged where too many in a row did not."""
         left_out = [record["step"] for record in self.records.few if record["split"] == "skipped"]
         allowed = self.config.train.skip_nonfinite
-        if set(range(step - allowed, step)) <= set(left_out):
+        if row_before(step, left_out) >= allowed:
             after = f", after {allowed} steps in a row were left out" if allowed else ""
             raise Diverged(f"{reason}{after}: {self.advice()}")
         self.records.add(step, epoch, "skipped", count=len(left_out) + 1)

@@ -13,8 +13,8 @@ from flaxmnist.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-# Seconds from the first signal to the end at the latest.
-GRACE = 30.0
+# Seconds from the first signal to the end at the latest; and those in which another one does not count as a second.
+GRACE, REPEAT = 30.0, 1.0
 
 
 @contextlib.contextmanager
@@ -51,13 +51,18 @@ def stop_on_signals(grace: float = GRACE) -> Iterator[threading.Event]:
     os.set_blocking(writing, False)
 
     def watch() -> None:
-        if os.read(reading, 1):
-            stop.set()
-            again, _, _ = select.select([reading], [], [], grace)
-            if not again:
-                end(f"the run did not stop within {grace:g} s of a signal")
-            elif os.read(reading, 1):
+        if not os.read(reading, 1):
+            return
+        stop.set()
+        first = time.monotonic()
+        while (left := first + grace - time.monotonic()) > 0:
+            ready, _, _ = select.select([reading], [], [], left)
+            if ready and not os.read(reading, 1):
+                return
+            # Who tells a whole group of processes to stop often tells each of them twice: that is one signal.
+            if ready and time.monotonic() - first > REPEAT:
                 end("ended by a second signal")
+        end(f"the run did not stop within {grace:g} s of a signal")
 
     thread = threading.Thread(target=watch, daemon=True)
     # The handler too sets it, in case an event loop in the main thread borrows Python's only wake-up file.
@@ -76,6 +81,7 @@ def stop_on_signals(grace: float = GRACE) -> Iterator[threading.Event]:
 
 def end(reason: str, linger: float = 0) -> None:
     """Ends this process, whatever its main thread does, ``linger`` seconds after it said why."""
-    os.write(2, f"flaxmnist: {reason}; --resume goes on\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(2, f"flaxmnist: {reason}; --resume goes on\n".encode())
     time.sleep(linger)
     os._exit(Stopped.exit_code)

@@ -42,6 +42,14 @@ class Metrics(NamedTuple):
         return dict(sorted(found.items()))
 
 
+def row_before(step: int, steps: list[int]) -> int:
+    """How many of ``steps``, which ascend, come right before ``step`` without a gap."""
+    row = 0
+    while row < len(steps) and steps[-1 - row] == step - 1 - row:
+        row += 1
+    return row
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:

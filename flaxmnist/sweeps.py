@@ -26,7 +26,7 @@ from flaxmnist.data import Dataset, Split
 from flaxmnist.errors import Stopped, UserError
 from flaxmnist.logs import Progress, plain
 from flaxmnist.parts import Kept, Sweep
-from flaxmnist.state import Metrics, TrainState
+from flaxmnist.state import Metrics, TrainState, row_before
 
 # Fields whose values may differ between the members of one program.
 TRACED = re.compile(
@@ -282,9 +282,10 @@ class Block:
         for place, skipped in enumerate(self.skipped):
             mine: Metrics = jax.tree.map(lambda values, place=place: np.asarray(values)[place], metrics)
             for step, reason in mine.nonfinite(start, count).items():
-                if set(range(step - train.skip_nonfinite, step)) <= set(skipped):
+                if self.failed[place] is None and row_before(step, skipped) >= train.skip_nonfinite:
                     self.fail(place, reason)
-                skipped.append(step)
+                elif self.failed[place] is None:
+                    skipped.append(step)
             loss, correct, images = mine.batch
             for i in range(-start % train.log_every, count, train.log_every):
                 self.note(place, start + i, False, loss[i] / images[i], correct[i] / images[i])

@@ -40,8 +40,8 @@ def sweep(arguments: Arguments) -> None:
     logs.show("info")
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume goes on with a sweep and --overwrite throws it away: give one of them")
-    if not 0 < arguments.grace < float("inf"):
-        raise UserError(f"--grace is a number of seconds above 0, but is {arguments.grace}")
+    if not 0 < arguments.grace <= 86400:
+        raise UserError(f"--grace is a number of seconds in (0, 86400], but is {arguments.grace}")
     if arguments.seeds < 1:
         raise UserError(f"--seeds is a number from 1 on, but is {arguments.seeds}")
     with signals.raise_on_signals():

@@ -76,8 +76,8 @@ def train(arguments: Arguments, clock: logs.Clock) -> None:
         raise UserError(f"--min-accuracy is a fraction in [0, 1], but is {arguments.min_accuracy}")
     if not 1 <= arguments.heartbeat <= 3600:
         raise UserError(f"--heartbeat must lie in [1, 3600] seconds, but is {arguments.heartbeat}")
-    if not 0 < arguments.grace < float("inf"):
-        raise UserError(f"--grace is a number of seconds above 0, but is {arguments.grace}")
+    if not 0 < arguments.grace <= 86400:
+        raise UserError(f"--grace is a number of seconds in (0, 86400], but is {arguments.grace}")
     if arguments.deterministic:
         program.make_deterministic()
     if arguments.print_config:

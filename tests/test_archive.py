@@ -130,6 +130,13 @@ def test_a_folder_that_vanishes(few, tmp_path, monkeypatch):
     check_rescued(ended, few, tmp_path / "run", tmp_path)
 
 
+def test_records_that_vanish_are_written_again(few, tmp_path, monkeypatch):
+    at_step(monkeypatch, 10, (tmp_path / "run/metrics.jsonl").unlink)
+    fit(CONFIG, few, tmp_path / "run")
+    fit(CONFIG, few, tmp_path / "whole")
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
 def test_being_stopped_where_nothing_can_be_saved(few, tmp_path, monkeypatch):
     import threading
 
@@ -163,7 +170,7 @@ def test_a_sweep_whose_disk_is_full(few, tmp_path, caplog):
     with mounted(disk, "-o", "size=700k"):
         with pytest.raises(UserError, match="No space left on device") as ended:
             sweep()
-        elsewhere = re.search(r"what is not there is kept in (\S+)/parts", str(ended.value))[1]
+        elsewhere = re.search(r"what is not there is kept in (\S+): copy", str(ended.value))[1]
         subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
         for part in folders.Path(elsewhere, "parts").iterdir():
             shutil.move(part, disk / "sweep/parts")

@@ -117,12 +117,10 @@ def test_records_are_written_anew_as_the_checkpoint_has_them(damage, finished, c
         shutil.copy(whole[0] / "result.json", copy)
     path = copy / "metrics.jsonl"
     path.unlink() if damage is None else path.write_bytes(damage)
-    run = resumed(copy, few)
-    if not finished or damage != b"":  # a finished run with no records is odd, but whole
-        assert_as_whole(run, copy, whole)
+    assert_as_whole(resumed(copy, few), copy, whole)
 
 
-@pytest.mark.parametrize("damage", [b"", b"[1, 2", None], ids=str)
+@pytest.mark.parametrize("damage", [b"", b"[1, 2", b"{}", b'{"config": null, "data": null}', None], ids=str)
 def test_a_damaged_config_is_taken_from_the_checkpoint(damage, copy, few, whole, caplog):
     path = copy / "config.json"
     before = json.loads(path.read_text())
@@ -138,6 +136,19 @@ def test_a_damaged_result_is_found_again(damage, copy, few, whole):
     (copy / "result.json").write_bytes(damage)
     assert_as_whole(resumed(copy, few), copy, whole)
     assert json.loads((copy / "result.json").read_text())["params_sha256"] == whole[1].result["params_sha256"]
+
+
+def test_a_finished_run_whose_newest_checkpoint_is_damaged_is_finished_again(few, whole, copy):
+    shutil.copy(whole[0] / "result.json", copy)
+    flip(copy / "checkpoints/20/records.jsonl")
+    assert_as_whole(resumed(copy, few), copy, whole)
+    assert manifest.newest(copy / "checkpoints").step == 20
+
+
+@pytest.mark.parametrize("name", ["config.json.tmp", "metrics.jsonl", "lock"])
+def test_a_run_killed_in_its_first_moments_is_begun(name, few, whole, tmp_path):
+    (tmp_path / name).write_text('{"half')
+    assert_as_whole(resumed(tmp_path, few), tmp_path, whole)
 
 
 def test_only_the_newest_has_a_stand_in(copy):

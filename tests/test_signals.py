@@ -47,7 +47,7 @@ def test_a_signal_sets_the_event_and_what_was_handled_before_is_handled_again(nu
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("grace", "count", "told"),
-    [(1, 1, "the run did not stop within 1 s of a signal"), (600, 2, "ended by a second signal")],
+    [(2, 1, "the run did not stop within 2 s of a signal"), (600, 2, "ended by a second signal")],
 )
 def test_it_ends_though_the_main_thread_is_busy(grace, count, told):
     with subprocess.Popen(
@@ -57,7 +57,8 @@ def test_it_ends_though_the_main_thread_is_busy(grace, count, told):
         began = time.monotonic()
         for _ in range(count):
             process.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)  # as `timeout` does: one signal all the same
+            time.sleep(1.2)
         _, errors = process.communicate(timeout=60)
         assert time.monotonic() - began < 10
     assert process.returncode == 75
