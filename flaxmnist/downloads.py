@@ -11,6 +11,7 @@ import os
 import secrets
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -55,6 +56,10 @@ def fetch(url: str, target: Path, checksum: str, size: int) -> None:
     digest = hashlib.sha256()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f"{target.name}.*.part"):
+            # Of a download that was killed. Another one may be going on.
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink(missing_ok=True)
         with open(part, "xb") as file:
             if not terminal:
                 print(f"downloading {url} ({size:,} bytes)", file=sys.stderr, flush=True)

@@ -29,17 +29,6 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def raise_on_signals() -> Iterator[None]:
-    """Within the block, a signal raises Stopped."""
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        raise Stopped("stopped before training began")
-
-    with handled(handler):
-        yield
-
-
-@contextlib.contextmanager
 def stop_on_signals(grace: float = GRACE) -> Iterator[threading.Event]:
     """Within the block, the first signal sets the event; the process ends ``grace`` seconds later at the latest.
 
