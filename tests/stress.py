@@ -196,7 +196,7 @@ def long(steps: int, data_dir: str | None) -> bool:
         optimizer=SGD(learning_rate=0.1),
         data=Data(name="mnist" if data_dir else "digits"),
         train=Train(
-            batch_size=100, steps=steps, log_every=100, evaluate_every=steps // 100, checkpoint_every=steps // 40
+            batch_size=100, steps=steps, log_every=100, evaluate_every=steps // 100, checkpoint_every=steps // 20
         ),
     )
     with tempfile.TemporaryDirectory() as folder:
