@@ -6,12 +6,11 @@ from flaxmnist.data import Dataset, Split, load_data
 from flaxmnist.evaluation import Evaluation, evaluate, predict
 from flaxmnist.models import CNN, MLP, Softmax, make_model
 from flaxmnist.parts import Sweep
-from flaxmnist.results import Run
+from flaxmnist.results import Run, load_run
 from flaxmnist.runs import fit
 from flaxmnist.state import Batch, TrainState
 from flaxmnist.steps import create_state, train_step, train_steps
 from flaxmnist.sweeps import sweep
-from flaxmnist.trained import Trained, load_run
 
 __version__ = "0.1.0"
 
@@ -27,7 +26,6 @@ __all__ = [
     "Split",
     "Sweep",
     "TrainState",
-    "Trained",
     "create_state",
     "evaluate",
     "fit",

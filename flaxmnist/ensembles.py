@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from flaxmnist import evaluation, fields, folders, inspection, statistics
 from flaxmnist.config import Config
-from flaxmnist.data import load_data
 from flaxmnist.errors import UserError
 from flaxmnist.parts import load_members
+from flaxmnist.trained import data_of, split_of
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,17 @@ def evaluate(workdir: Path, size: int | None, split: str = "test", data_dir: Pat
     Raises UserError where the sweep is not finished, chose no setting, or has fewer members.
     """
     with folders.as_saved(workdir):
-        setting, config, source, chosen = best_members(workdir)
+        setting, config, about, chosen = best_members(workdir)
     if size is not None and not 1 <= size <= len(chosen):
         raise UserError(f"{workdir} has {len(chosen)} members of its best setting: give --ensemble a number up to that")
-    data = load_data(config.data, data_dir)
-    if data.source != source:
-        raise UserError(f"{workdir} was trained on {source}, but here are {data.source}: give its --data-dir")
-    images = data.splits()[split]
-    if images is None:
-        raise UserError(f"{workdir} has no {split} images: its data.validation is 0")
+    images = split_of(workdir, data_of(workdir, config, about, data_dir), split)
     each = [evaluation.predict(model, images.images)[1] for model in chosen[:size]]
     together = answers(np.mean(each, axis=0), images.labels)
     return Ensemble(setting, len(images.labels), [answers(one, images.labels) for one in each], together)
 
 
-def best_members(workdir: Path) -> tuple[str, Config, str, list[nnx.Module]]:
-    """The best setting of the sweep in ``workdir`` in words, its config, the source of its data, and its models."""
+def best_members(workdir: Path) -> tuple[str, Config, dict[str, Any], list[nnx.Module]]:
+    """The best setting of the sweep in ``workdir`` in words, its config, what is noted of its data, and its models."""
     result, about = folders.read_json(workdir / "result.json"), folders.read_json(workdir / "sweep.json")
     best = result["best"]
     if best is None:
@@ -70,7 +66,7 @@ def best_members(workdir: Path) -> tuple[str, Config, str, list[nnx.Module]]:
     ]
     number = result["experiments"].index(best["experiment"])
     config = fields.from_json(about["experiments"][number], Config)
-    return statistics.title(best), config, about["data"][number]["source"], chosen
+    return statistics.title(best), config, about["data"][number], chosen
 
 
 def report(ensemble: Ensemble) -> str:

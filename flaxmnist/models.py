@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.nn import initializers
 from jaxtyping import Array, Float
@@ -110,13 +111,35 @@ class CNN(nnx.Module):
         self.dense = layers.Dense(height * width * features[-1], dense, **initial)
         self.logits = layers.Dense(dense, classes, **initial)
 
-    def __call__(self, images: Images, dropout: Dropout = keep_all) -> Logits:
+    def feature_maps(self, images: Images) -> list[Float[Array, "b _ _ _"]]:
+        """What each convolution makes of the images, after pooling and ReLU: [b, height, width, features]."""
         x = layers.space_to_depth(layers.normalise(images), self.space_to_depth)
-        for conv in self.convs:
-            # The maximum of ReLUs is the ReLU of the maximum, at a quarter of the work.
-            x = jax.nn.relu(conv(x, pool=True))
-        x = jax.nn.relu(self.dense(layers.flatten(x)))
+        # The maximum of ReLUs is the ReLU of the maximum, at a quarter of the work.
+        return [x := jax.nn.relu(conv(x, pool=True)) for conv in self.convs]
+
+    def __call__(self, images: Images, dropout: Dropout = keep_all) -> Logits:
+        x = jax.nn.relu(self.dense(layers.flatten(self.feature_maps(images)[-1])))
         return self.logits(dropout(x))
+
+
+def first_weights(model: nnx.Module, shape: tuple[int, int] = (28, 28)) -> Float[np.ndarray, "n h w"] | None:
+    """The weights of the first layer of ``model`` as pictures of what each of its ``n`` outputs looks for.
+
+    A dense layer sees images of ``shape``. A convolution over blocks of pixels is laid out in pixels. None for models
+    other than those in this file.
+    """
+    match model:
+        case Softmax():
+            return np.asarray(model.dense.kernel[...]).reshape(-1, *shape)
+        case MLP():
+            return np.asarray(model.layers[0].kernel[...]).reshape(-1, *shape)
+        case CNN():
+            kernel, block = np.asarray(model.convs[0].kernel[...]), model.space_to_depth
+            side, _, _, outputs = kernel.shape
+            pixels = kernel.reshape(side, side, block, block, outputs).transpose(4, 0, 2, 1, 3)
+            return pixels.reshape(outputs, side * block, side * block)
+        case _:
+            return None
 
 
 def make_model(model: config.Model, shape: tuple[int, int], classes: int, rngs: nnx.Rngs) -> Softmax | MLP | CNN:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from flaxmnist import folders
@@ -17,32 +16,28 @@ from flaxmnist.config import Config
 from flaxmnist.evaluation import Evaluation
 from flaxmnist.logs import Clock, read_records
 from flaxmnist.state import TrainState
-from flaxmnist.trained import load_run
+from flaxmnist.trained import Trained, load
 
 # What the seconds of a run are told apart by.
 SECONDS = ("import", "data", "compile", "train", "evaluate", "checkpoint")
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished run."""
+class Run(Trained):
+    """A run and what it told; its model has averaged weights where the config has such."""
 
-    config: Config  # its length in steps
-    state: TrainState
     history: list[dict[str, Any]]  # the records of metrics.jsonl
-    result: dict[str, Any]  # what result.json holds
-
-    @property
-    def model(self) -> nnx.Module:
-        """The trained model, with averaged weights where the config has such."""
-        return self.state.model
+    result: dict[str, Any]  # what result.json holds; empty while the run is not finished
 
 
-def finished_run(folder: Path) -> Run:
-    """The run that was finished in ``folder``. Raises UserError where its files cannot be read."""
-    trained = load_run(folder)
-    history = read_records(folder / "metrics.jsonl")
-    return Run(trained.config, trained.state, history, folders.read_json(folder / "result.json"))
+def load_run(workdir: str | Path, which: str = "latest") -> Run:
+    """The run in ``workdir``, with its checkpoint called ``which``: "latest", "best" or a step.
+
+    Needs the run folder alone. Raises UserError where it holds no such checkpoint, and where its files are damaged.
+    """
+    folder, trained = Path(workdir), load(workdir, which)
+    result = folders.read_json(folder / "result.json") if (folder / "result.json").exists() else {}
+    return Run(trained.config, trained.state, trained.data, read_records(folder / "metrics.jsonl"), result)
 
 
 def result_of(

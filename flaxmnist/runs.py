@@ -23,7 +23,7 @@ from flaxmnist.errors import Diverged, Stopped, UserError
 from flaxmnist.lock import Lock
 from flaxmnist.logs import Clock, Progress, Records, logger, write_json
 from flaxmnist.program import Backend, Program, first_state, place, state_shapes, train_logits
-from flaxmnist.results import Run, finished_run, result_of
+from flaxmnist.results import Run, load_run, result_of
 from flaxmnist.state import Metrics, Totals, row_before
 
 # Seconds that a chunk takes at most, about: how soon a signal is answered.
@@ -70,7 +70,7 @@ def fit(
             look = partial(folders.is_finished, folder, lock, described, resume, overwrite, allow_config_change)
             if hosts.on_first(look):
                 logger.info("%s is finished", folder)
-                return finished_run(folder)
+                return load_run(folder)
         with parallel.memory_errors():
             loop = Loop(config, data, mesh, backend, folder, lock, described, clock or Clock())
             try:
@@ -337,7 +337,7 @@ class Loop:
                 write_json(self.folder / "result.json", result)
             except OSError as error:
                 raise folders.unwritable(self.folder, error) from None
-        return Run(self.config, state, self.records.history, result)
+        return Run(self.config, state, folders.describe_data(self.data), self.records.history, result)
 
 
 def means(totals: Totals) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:

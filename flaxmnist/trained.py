@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from flaxmnist import digits, evaluation, fields, folders, manifest, steps
+from flaxmnist import digits, evaluation, fields, folders, manifest, order, steps
 from flaxmnist.config import Config
-from flaxmnist.data import load_data
+from flaxmnist.data import Dataset, Split, load_data
 from flaxmnist.errors import UserError
 from flaxmnist.state import TrainState
 
@@ -30,8 +30,13 @@ class Trained:
         """The model to evaluate and predict with."""
         return self.state.model
 
+    @property
+    def epoch_length(self) -> int:
+        """Steps of a pass over the training images."""
+        return order.steps_per_epoch(self.config, self.data["train"])
 
-def load_run(workdir: str | Path, which: str = "latest") -> Trained:
+
+def load(workdir: str | Path, which: str = "latest") -> Trained:
     """The checkpoint called ``which``, "latest", "best" or a step, of the run in ``workdir``.
 
     Needs the run folder alone. Raises UserError where it holds no such checkpoint.
@@ -62,23 +67,35 @@ def evaluate_run(
 
     Raises UserError where ``data_dir`` holds other data.
     """
-    trained = load_run(workdir, which)
-    data = load_data(replace(trained.config.data, name=trained.data["name"]), data_dir)
-    if (data.source, data.classes) != (trained.data["source"], trained.data["classes"]):
-        raise UserError(
-            f"{workdir} was trained on {trained.data['source']}, but here are {data.source}: give its --data-dir"
-        )
+    trained = load(workdir, which)
+    data = data_of(workdir, trained.config, trained.data, data_dir)
+    return evaluation.evaluate(trained.model, *split_of(workdir, data, split))
+
+
+def data_of(trained: str | Path, config: Config, about: dict[str, Any], data_dir: str | Path | None) -> Dataset:
+    """What ``trained``, a folder or a file, learned from, which its ``config`` and what it has noted ``about`` it say.
+
+    Raises UserError where ``data_dir`` holds other data.
+    """
+    data = load_data(replace(config.data, name=about["name"]), data_dir)
+    if (data.source, data.classes) != (about["source"], about["classes"]):
+        raise UserError(f"{trained} was trained on {about['source']}, but here are {data.source}: give its --data-dir")
+    return data
+
+
+def split_of(trained: str | Path, data: Dataset, split: str) -> Split:
+    """The images called ``split``. Raises UserError where there are none."""
     images = data.splits()[split]
     if images is None:
-        raise UserError(f"{workdir} has no {split} images: its data.validation is 0")
-    return evaluation.evaluate(trained.model, *images)
+        raise UserError(f"{trained} has no {split} images: its data.validation is 0")
+    return images
 
 
 def predict_files(
     workdir: str | Path, paths: Iterable[str | Path], which: str = "latest"
 ) -> Iterator[tuple[Path, int, list[float]]]:
     """Each image file, its class, and the probabilities of all classes; raises UserError for no digit."""
-    trained = load_run(workdir, which)
+    trained = load(workdir, which)
     if trained.data["shape"] != [28, 28]:
         raise UserError(f"{workdir} was trained on images of {trained.data['shape']} pixels: only 28×28 are read here")
     files = digits.find_images(paths)

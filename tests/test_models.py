@@ -1,6 +1,7 @@
 """The models as functions, and golden initial values."""
 
 import hashlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from conftest import MODELS
 from flax import nnx
 
 import flaxmnist as fm
-from flaxmnist import config, models
+from flaxmnist import config, layers, models
 from flaxmnist.errors import UserError
 from flaxmnist.steps import stream_key
 
@@ -52,6 +53,35 @@ def test_the_mlp_is_a_sequence_of_layers_one_can_see_through(getkey):
         x = jnp.maximum(x @ layer.kernel[...].T + layer.bias[None, :], 0)
     x = x @ network.layers[-1].kernel[...].T + network.layers[-1].bias[None, :]
     np.testing.assert_allclose(network(images), x, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "network", [fm.Softmax, fm.MLP, partial(fm.CNN, space_to_depth=2, features=(4,), kernel=(3,), padding="VALID")]
+)
+def test_the_first_weights_are_what_an_image_is_multiplied_with(network, getkey):
+    """An image of a single dot meets one weight of each output, where the dot lies."""
+    model = network(kernel_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
+    pictures = models.first_weights(model)
+    assert pictures is not None
+    count, side, _ = pictures.shape
+    dot = jnp.zeros((1, 28, 28, 1)).at[0, 3, 4, 0].set(1.0)
+    if isinstance(model, fm.CNN):
+        assert (count, side) == (4, 6)
+        blocks = layers.convolve(layers.space_to_depth(dot, 2), model.convs[0].kernel[...], "VALID")
+        np.testing.assert_allclose(blocks[0, 0, 1], pictures[:, 3, 2], rtol=1e-6)
+    else:
+        first = model.dense if isinstance(model, fm.Softmax) else model.layers[0]
+        assert pictures.shape[1:] == (28, 28)
+        np.testing.assert_allclose(first(layers.flatten(dot))[0], pictures[:, 3, 4], rtol=1e-6)
+
+
+def test_feature_maps_are_those_that_the_answer_comes_from(getkey):
+    network = fm.CNN(features=(2, 3), kernel=(3,), dense=8, rngs=nnx.Rngs(0))
+    images = jax.random.uniform(getkey(), (4, 28, 28, 1))
+    first, second = network.feature_maps(images)
+    assert first.shape == (4, 14, 14, 2) and second.shape == (4, 7, 7, 3)
+    answer = network.logits(jax.nn.relu(network.dense(layers.flatten(second))))
+    np.testing.assert_array_equal(network(images), answer)
 
 
 def test_dropout_reaches_the_hidden_units_only():
