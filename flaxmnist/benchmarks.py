@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxmnist import evaluation, folders, inspection, order, parallel, peer, program, results, steps
+from flaxmnist import evaluation, folders, inspection, order, parallel, peer, plots, program, results, steps
 from flaxmnist.config import Config, load_experiment
 from flaxmnist.data import Dataset, load_data
 from flaxmnist.state import TrainState
@@ -199,27 +199,22 @@ def runs_report(results: list[dict[str, Any]]) -> str:
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Draws images a second of each experiment, and of its peers, as bars into ``path``."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     speeds = [
         {"flaxmnist": result["steps_per_second"], **result.get("peer_steps_per_second", {})} for result in results
     ]
     names = list(dict.fromkeys(name for each in speeds for name in each))
-    figure, axes = pyplot.subplots(figsize=(1.5 + 1.4 * len(results), 4), layout="constrained")
+    drawn, axes = plots.plot(1.5 + 1.4 * len(results), 4)
     for number, name in enumerate(names):
         heights = [result["batch_size"] * each.get(name, np.nan) for result, each in zip(results, speeds, strict=True)]
         places = np.arange(len(results)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
-        axes.bar_label(axes.bar(places, heights, 0.8 / len(names), label=name), fmt="{:,.0f}", fontsize=7)
+        bars = axes.bar(places, heights, 0.8 / len(names), label=name, color=plots.COLOURS[number])
+        axes.bar_label(bars, fmt="{:,.0f}", fontsize=7)
     axes.set_xticks(range(len(results)), [result["name"] for result in results])
     axes.set_yscale("log")
     axes.set_ylabel("training images a second")
     axes.set_title(results[0]["device"])
     axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plots.save(drawn, path)
 
 
 def peak() -> float:

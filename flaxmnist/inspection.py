@@ -1,5 +1,6 @@
 """What an experiment is made of and how a model did, as text."""
 
+import itertools
 import json
 import math
 from functools import partial
@@ -7,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from flaxmnist import fields, order, steps
 from flaxmnist.config import Config
@@ -68,7 +70,15 @@ def parameter_table(params) -> str:
 
 
 def class_report(seen: Evaluation) -> str:
-    """Loss, accuracy, the confusion matrix, and precision, recall and F1 of each class."""
+    """Loss, accuracy, the scores of each class, and the confusion matrix."""
+    matrix = [("true \\ read", *map(str, range(len(seen.confusion))))]
+    matrix += [(str(number), *map(str, row)) for number, row in enumerate(seen.confusion)]
+    head = f"accuracy {seen.accuracy:.4f}, loss {seen.loss:.4f}, {seen.count} images"
+    return "\n".join([head, "", class_scores(seen), "", table(matrix)])
+
+
+def class_scores(seen: Evaluation) -> str:
+    """Precision, recall and F1 of each class."""
     from sklearn.metrics import precision_recall_fscore_support
 
     classes = len(seen.confusion)
@@ -78,10 +88,22 @@ def class_report(seen: Evaluation) -> str:
     rows = [("class", "precision", "recall", "F1", "images")]
     for number, (precision, recall, f1, count) in enumerate(scores.T):
         rows.append((str(number), f"{precision:.4f}", f"{recall:.4f}", f"{f1:.4f}", f"{count:.0f}"))
-    matrix = [("true \\ read", *map(str, range(classes)))]
-    matrix += [(str(number), *map(str, row)) for number, row in enumerate(seen.confusion)]
-    head = f"accuracy {seen.accuracy:.4f}, loss {seen.loss:.4f}, {seen.count} images"
-    return "\n".join([head, "", table(rows), "", table(matrix)])
+    return table(rows)
+
+
+def answer(name: str, image: UInt8[np.ndarray, "h w 1"], probabilities: Float[np.ndarray, " classes"]) -> str:
+    """An image as a model saw it, in shades, and beside it ``name`` and the ten likeliest classes."""
+    height, width, _ = image.shape
+    # A character is about twice as high as wide.
+    rows = np.pad(image[:, :, 0], ((0, height % 2), (0, 0))).reshape(-1, 2, width).mean(axis=1)
+    seen = ["".join(" ░▒▓█"[int(value * 5) // 256] for value in row) for row in rows]
+    likely = sorted(np.argsort(-probabilities, kind="stable")[:10])
+    told = [f"{name}: {probabilities.argmax()}", ""]
+    told += [
+        f"{number}  {probabilities[number]:.4f}  {'▪' * round(20 * float(probabilities[number]))}" for number in likely
+    ]
+    lines = itertools.zip_longest([f"│{row}│" for row in seen], told, fillvalue="")
+    return "\n".join(f"{left:<{width + 2}}  {right}".rstrip() for left, right in lines)
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

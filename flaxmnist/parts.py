@@ -25,7 +25,7 @@ from flaxmnist.statistics import title
 SAVE_SECONDS = 30.0
 
 # What lies in the folder of a sweep.
-CONTENTS = {"sweep.json", "parts", "curves.npz", "result.json", "plots", "lock", "unfinished.npz"}
+CONTENTS = {"sweep.json", "parts", "curves.npz", "result.json", "plots", "report.html", "lock", "unfinished.npz"}
 
 # What a resumed sweep may run on.
 MAY_DIFFER = {"devices", "versions"}
@@ -280,6 +280,13 @@ def read_part(path: Path) -> dict[str, np.ndarray]:
             return dict(arrays)
     except Exception as error:  # NumPy and zipfile raise all kinds
         raise UserError(f"{path} is damaged ({error})") from None
+
+
+def load_sweep(folder: Path) -> Sweep:
+    """The finished sweep in ``folder``. Raises UserError where it is not finished, or damaged."""
+    if not (folder / "result.json").exists():
+        raise UserError(f"{folder} is not finished: go on with the sweep, with --resume")
+    return Sweep(folders.read_json(folder / "result.json"), read_part(folder / "curves.npz"))
 
 
 def load_members(folder: Path) -> list[tuple[dict[str, Any], nnx.Module]]:

@@ -1,14 +1,15 @@
 """What a run folder knows, without the experiment file: its model, how well it does, what it reads."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, UInt8
 
 from flaxmnist import digits, evaluation, fields, folders, manifest, order, steps
 from flaxmnist.config import Config
@@ -91,15 +92,21 @@ def split_of(trained: str | Path, data: Dataset, split: str) -> Split:
     return images
 
 
-def predict_files(
-    workdir: str | Path, paths: Iterable[str | Path], which: str = "latest"
-) -> Iterator[tuple[Path, int, list[float]]]:
-    """Each image file, its class, and the probabilities of all classes; raises UserError for no digit."""
+class Reading(NamedTuple):
+    """What a model read in an image file."""
+
+    file: Path
+    image: UInt8[np.ndarray, "28 28 1"]  # as the model saw it
+    answer: int  # the most probable class
+    probabilities: Float[np.ndarray, " classes"]
+
+
+def read_files(workdir: str | Path, paths: Iterable[str | Path], which: str = "latest") -> list[Reading]:
+    """What the checkpoint called ``which`` reads in image files and folders of them; raises UserError for no digit."""
     trained = load(workdir, which)
     if trained.data["shape"] != [28, 28]:
         raise UserError(f"{workdir} was trained on images of {trained.data['shape']} pixels: only 28×28 are read here")
     files = digits.find_images(paths)
     images = np.stack([digits.read_digit(file) for file in files])
     classes, probabilities = evaluation.predict(trained.model, images)
-    for file, answer, row in zip(files, classes, probabilities, strict=True):
-        yield file, int(answer), row.tolist()
+    return [Reading(*each) for each in zip(files, images, classes.tolist(), probabilities, strict=True)]

@@ -1,4 +1,4 @@
-"""Reads digits in image files: python launch/predict.py WORKDIR IMAGE|DIR… [--json]"""
+"""Reads digits in image files: python launch/predict.py WORKDIR IMAGE|DIR… [--json] [--plot FILE.png]"""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from flaxmnist import program, trained
+from flaxmnist import inspection, plots, program, trained
 from flaxmnist.errors import exit_code
 
 
@@ -15,18 +15,22 @@ from flaxmnist.errors import exit_code
 class Arguments:
     workdir: tyro.conf.Positional[Path]  # the run folder
     images: tyro.conf.Positional[tuple[Path, ...]]  # image files, or folders of them
+    plot: Path | None = None  # draw what the model saw, and what it read, into this PNG file
     json: bool = False  # one JSON object a line: file, class, probabilities
     step: str = "latest"  # which checkpoint: latest, best (by validation accuracy), or a step
 
 
 def predict(arguments: Arguments) -> None:
-    """Prints the class of each image and the probabilities of all classes."""
+    """Prints each image as the model saw it, and the probabilities of the classes beside it."""
     program.keep_programs()
-    for file, answer, probabilities in trained.predict_files(arguments.workdir, arguments.images, arguments.step):
+    readings = trained.read_files(arguments.workdir, arguments.images, arguments.step)
+    for file, image, answer, probabilities in readings:
         if arguments.json:
-            print(json.dumps({"file": str(file), "class": answer, "probabilities": probabilities}))
+            print(json.dumps({"file": str(file), "class": answer, "probabilities": probabilities.tolist()}))
         else:
-            print(f"{file}: {answer}  ({' '.join(f'{p:.4f}' for p in probabilities)})")
+            print(inspection.answer(str(file), image, probabilities), end="\n\n")
+    if arguments.plot is not None:
+        plots.save(plots.readings(readings), arguments.plot)
 
 
 def main(argv: list[str]) -> int:

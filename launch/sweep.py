@@ -22,7 +22,7 @@ from pathlib import Path
 import tyro
 
 import flaxmnist as fm
-from flaxmnist import logs, parts, plots, program, settings, signals, sweeps
+from flaxmnist import logs, parts, program, reports, settings, signals, sweeps
 from flaxmnist.errors import UserError, exit_code
 
 
@@ -67,7 +67,7 @@ def sweep(arguments: Arguments) -> None:
             overwrite=arguments.overwrite,
             stop=stop,
         )
-    plots.save_sweep(swept, arguments.workdir / "plots")
+    reports.write_sweep(swept, arguments.workdir)
     print(parts.report(swept))
 
 

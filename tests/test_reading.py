@@ -1,0 +1,113 @@
+"""Digits that a person draws or prints are read, and shown as the model saw them."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from conftest import main, small
+from PIL import Image, ImageDraw, ImageFont
+from scipy.interpolate import make_interp_spline
+
+import flaxmnist as fm
+from flaxmnist import inspection
+from flaxmnist.digits import read_digit
+
+# The way of a pen through each digit: strokes of points (x, y), from the left and from the top, in percent.
+WAYS = [
+    "50,0 20,15 10,55 30,95 60,95 85,60 80,20 50,0",
+    "35,20 55,0 | 55,0 50,50 47,100",
+    "15,25 30,3 65,3 75,30 50,65 12,97 | 12,97 50,95 90,97",
+    "20,10 50,0 78,18 65,40 42,47 | 42,47 75,55 85,78 60,98 15,90",
+    "35,0 20,35 12,60 | 12,60 50,58 88,57 | 68,25 66,60 62,100",
+    "80,2 30,4 | 30,4 22,42 | 22,42 55,38 82,60 70,92 40,100 12,90",
+    "70,0 35,30 15,70 35,98 70,92 78,68 50,55 20,70",
+    "12,8 50,6 85,5 | 85,5 60,45 42,100",
+    "75,15 45,0 22,18 45,42 78,70 60,97 30,95 18,72 45,45 75,20",
+    "75,25 50,3 22,20 28,45 55,48 75,25 | 75,25 72,60 60,100",
+]
+
+FONTS = (
+    "DejaVuSans",
+    "DejaVuSerif",
+    "DejaVuSansMono",
+    "STIXGeneral",
+    "STIXGeneralItalic",
+    "cmss10",
+    "cmtt10",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSerif-Italic",
+)
+
+COLOURS = (("black", "white"), ("#223399", "#f5efdc"), ("white", "black"), ("#b03020", "white"), ("#444444", "#cccccc"))
+
+
+def drawn(number: int, width: int, slant: float) -> Image.Image:
+    """``number`` by hand, with a round pen ``width`` pixels wide."""
+    ink, ground = COLOURS[number % 5]
+    picture = Image.new("RGB", (360, 480), ground)
+    for stroke in WAYS[number].split("|"):
+        points = np.array([point.split(",") for point in stroke.split()], float) / 100
+        curve = make_interp_spline(np.linspace(0, 1, len(points)), points, k=min(3, len(points) - 1))
+        for x, y in curve(np.linspace(0, 1, 200)):
+            middle = 360 * (0.2 + 0.6 * x + slant * (0.5 - y)), 480 * (0.15 + 0.7 * y)
+            ImageDraw.Draw(picture).circle(middle, width / 2, fill=ink)
+    return picture
+
+
+def printed(number: int, font: str) -> Image.Image:
+    """``number`` in a font."""
+    ink, ground = COLOURS[(number + 2) % 5]
+    picture = Image.new("RGB", (200, 240), ground)
+    path = Path(matplotlib.get_data_path()) / f"fonts/ttf/{font}.ttf"
+    ImageDraw.Draw(picture).text((100, 120), str(number), ink, ImageFont.truetype(str(path), 170), anchor="mm")
+    return picture
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("FLAXMNIST_DATA" not in os.environ, reason="FLAXMNIST_DATA names no folder with MNIST")
+def test_a_good_network_reads_digits_in_other_fonts_and_pens(tmp_path):
+    experiment = fm.load_experiment("experiments/speedrun.py")
+    config = replace(experiment, train=replace(experiment.train, steps=1000))
+    run = fm.fit(config, fm.load_data(config.data, os.environ["FLAXMNIST_DATA"]), devices=1)
+    assert run.result["test_accuracy"] >= 0.99
+    pens = [drawn(number, width=6 + 4 * number, slant=0.02 * (number - 4)) for number in range(10)]
+    pictures = [*pens, *map(printed, range(10), FONTS)]
+    for place, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{place:02d}.png")
+    images = np.stack([read_digit(path) for path in sorted(tmp_path.iterdir())])
+    answers, _ = fm.predict(run.model, images)
+    assert (answers == np.arange(20) % 10).sum() >= 18, answers
+
+
+def test_an_image_is_shown_beside_its_answer():
+    image = np.zeros((28, 28, 1), np.uint8)
+    image[4:6, 10], image[7, 3] = 255, 128
+    lines = inspection.answer("a.png", image, np.array([0.25, 0.75, *[0.0] * 8])).splitlines()
+    assert len(lines) == 14
+    assert lines[2][11] == "█" and lines[3][4] == "░", "two rows of pixels a line"
+    assert {line[1:29] for line in lines} - {lines[2][1:29], lines[3][1:29]} == {" " * 28}
+    assert lines[0].endswith("│  a.png: 1")
+    assert lines[3].endswith(f"│  1  0.7500  {15 * '▪'}") and lines[11].endswith("│  9  0.0000")
+
+
+def test_predict_shows_what_it_saw(digits, few, tmp_path, capsys):
+    fm.fit(small(), few, tmp_path / "run")
+    (tmp_path / "own").mkdir()
+    for name in ("b", "a"):
+        drawn(7, 20, 0.0).save(tmp_path / f"own/{name}.png")
+    command = [str(tmp_path / "run"), str(tmp_path / "own")]
+    assert main("predict")([*command, "--plot", str(tmp_path / "seen.png")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("own/a.png: ") < shown.index("own/b.png: ") and shown.count("│") == 4 * 14
+    with Image.open(tmp_path / "seen.png") as picture:
+        assert picture.width > 300
+    assert main("predict")([*command, "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert f"own/a.png: {answers[0]['class']}\n" in shown
+    assert main("predict")([*command, "--plot", str(tmp_path / "nowhere/seen.png")]) == 2
+    assert "give another file" in capsys.readouterr().err

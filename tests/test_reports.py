@@ -1,0 +1,153 @@
+"""A report shows all that applies to a run, to several, or to a sweep, and needs nothing but itself."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import threading
+from dataclasses import replace
+
+import pytest
+from conftest import main, small
+from PIL import Image
+
+import flaxmnist as fm
+from flaxmnist import reports, sweeps
+from flaxmnist.errors import Stopped, UserError
+
+# What every run has; in the order of the page.
+PICTURES = ["history", "batch_costs", "confusion", "mistakes", "calibration", "weights", "examples", "digit", "values"]
+
+
+@pytest.fixture(scope="module")
+def runs(digits, tmp_path_factory):
+    """The folder of a softmax and of a CNN run."""
+    folder = tmp_path_factory.mktemp("runs")
+    fm.fit(small(steps=10), digits, folder / "softmax")
+    fm.fit(small("cnn", steps=4), digits, folder / "cnn")
+    return folder
+
+
+@pytest.fixture
+def copy(runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def shown(page) -> list[bytes]:
+    """The pictures in a page."""
+    return [base64.b64decode(each) for each in re.findall(r'src="data:image/png;base64,([^"]+)"', page.read_text())]
+
+
+def test_a_run_has_every_picture_that_applies(copy, capsys):
+    for name, expected in {
+        "softmax": PICTURES,
+        "cnn": [*PICTURES[:6], "feature_maps", *PICTURES[6:]],
+    }.items():
+        folder = copy / name
+        assert main("report")([str(folder)]) == 0
+        told = capsys.readouterr().out.splitlines()
+        assert told == [*(f"{folder}/plots/{picture}.png" for picture in expected), f"{folder}/report.html"]
+        page = folder / "report.html"
+        assert shown(page) == [(folder / f"plots/{picture}.png").read_bytes() for picture in expected]
+        result = json.loads((folder / "result.json").read_text())
+        assert f"test accuracy        {result['test_accuracy']:.4f} of 360 images" in page.read_text()
+        assert "optimizer.learning_rate = 0.1" in page.read_text()
+
+
+def test_a_page_needs_nothing_beside_itself(copy):
+    page, _ = reports.write([copy / "softmax"])
+    text = page.read_text()
+    assert not re.search(r"https?://|<script|<link(?! rel=\"icon\" href=\"data:,\")|url\(|@import", text)
+    assert set(re.findall(r'(?:src|href)="(.{5})', text)) == {"data:"}
+    assert text.count("<img") == text.count('alt="') == len(PICTURES)
+
+
+def test_a_run_that_is_not_finished_looks_at_validation_images(digits, tmp_path):
+    """The test images are scored once, at the end."""
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        fm.fit(small(steps=20), digits, tmp_path, stop=stop)
+    page, _ = reports.write([tmp_path])
+    assert "Answers on the validation images" in page.read_text()
+    assert re.search(r"steps +\d+ of 20: not finished", page.read_text())
+
+
+def test_several_runs_are_compared(copy):
+    page, pictures = reports.write([copy / "cnn", copy / "softmax"])
+    assert page == copy / "report.html"
+    assert [path.name for path in pictures] == ["history.png", "accuracies.png"]
+    told = page.read_text()
+    assert re.search(r"model.kind +CNN +Softmax", told)
+    assert "data.name" not in told, "only what differs"
+    results = {name: json.loads((copy / name / "result.json").read_text()) for name in ("cnn", "softmax")}
+    for name, result in results.items():
+        assert re.search(rf"{name} +{result['test_accuracy']:.4g} +{result['test_loss']:.4g} ", told)
+
+
+def test_a_sweep(few, digits, tmp_path):
+    config = small(steps=3)
+    settings = [{"optimizer.learning_rate": rate} for rate in (0.1, 1.0)]
+    sweeps.run([(config, few)], range(2), settings, workdir=tmp_path, devices=2)
+    page, pictures = reports.write([tmp_path])
+    assert [path.stem for path in pictures] == ["curves", "distribution", "optimizer.learning_rate"]
+    assert "small optimizer.learning_rate=0.1" in page.read_text()
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(UserError, match="is not finished: go on with the sweep"):
+        reports.write([tmp_path])
+    with pytest.raises(UserError, match="is a sweep: give it alone"):
+        reports.write([tmp_path, tmp_path / "run"])
+
+
+def test_names_are_text_and_not_html(runs, tmp_path):
+    loaded = fm.load_run(runs / "softmax")
+    page, _ = reports.save("<b>", reports.of_runs({"<i>": loaded, "other": replace(loaded, result={})}), tmp_path)
+    assert not re.search("<[bi]>", page.read_text())
+
+
+def test_what_the_caller_can_mend(copy, monkeypatch):
+    with pytest.raises(UserError, match="nowhere is no run folder"):
+        reports.write([copy / "nowhere"])
+    with pytest.raises(UserError, match="a run is given twice"):
+        reports.write([copy / "cnn", copy / "cnn"])
+    (copy / "file").touch()
+    with pytest.raises(UserError, match="cannot write to"):
+        reports.write([copy / "softmax"], copy / "file")
+    config = json.loads((copy / "softmax/config.json").read_text())
+    config["data"]["source"] = "elsewhere"
+    (copy / "softmax/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="was trained on elsewhere"):
+        reports.write([copy / "softmax"])
+
+
+CHECK = """<script>
+window.addEventListener("load", () => {
+  const drawn = [...document.images].filter(image => image.complete && image.naturalWidth > 100);
+  document.title = `${drawn.length} of ${document.images.length} drawn`;
+});
+</script>"""
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_draws_every_picture(copy):
+    page, pictures = reports.write([copy / "cnn"])
+    checked = copy / "checked.html"
+    checked.write_text(page.read_text() + CHECK)
+
+    def browse(*options):
+        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *options]
+        return subprocess.run([*command, checked.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+
+    dumped = browse("--dump-dom")
+    assert f"<title>{len(pictures)} of {len(pictures)} drawn</title>" in dumped.stdout
+    assert "CONSOLE" not in dumped.stderr, dumped.stderr
+    browse(f"--screenshot={copy}/page.png", "--window-size=1000,6000", "--hide-scrollbars")
+    with Image.open(copy / "page.png") as screenshot:
+        assert screenshot.size == (1000, 6000)
+        bands = [screenshot.crop((0, top, 1000, top + 1000)).getcolors(2) for top in range(0, 5000, 1000)]
+    assert bands == [None] * 5, "no band of the page is of one colour"
