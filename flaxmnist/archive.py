@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
-from flaxmnist import folders, hosts, manifest
+from flaxmnist import events, folders, hosts, manifest
 from flaxmnist.checkpoints import Checkpoints, restore
 from flaxmnist.config import Config
 from flaxmnist.errors import UserError
+from flaxmnist.evaluation import Evaluation
 from flaxmnist.lock import Lock
 from flaxmnist.logs import Clock, Records, logger
 from flaxmnist.state import TrainState
@@ -21,7 +24,7 @@ RETRY_SECONDS = 30.0
 
 
 class Archive:
-    """Records and checkpoints in the folder of a run. One process of several writes records; all save."""
+    """Records, events and checkpoints in the folder of a run. One process of several writes the former; all save."""
 
     def __init__(
         self, folder: Path, lock: Lock, described: dict[str, Any], config: Config, state: TrainState, clock: Clock
@@ -45,7 +48,9 @@ class Archive:
         self.checkpoints = Checkpoints(kept, config.train.keep, last)
         try:
             self.records = Records(folder / "metrics.jsonl" if hosts.is_first() else None, text)
+            self.events: events.Events | None = None
             if hosts.is_first():
+                self.events = events.Events(folder / "tensorboard", self.records, last or 0, config)
                 self.checkpoints.clear()
                 folders.begin(folder, described)
         except OSError as error:
@@ -85,6 +90,19 @@ class Archive:
 
         folders.persist(self.folder, save, partial(self.rescue, state, accuracy))
 
+    def draw(self, step: int, split: str, seen: Evaluation, weights: Float[np.ndarray, "n h w"] | None) -> None:
+        """Pictures of what was ``seen`` on ``split`` after ``step`` updates, and of the model's first ``weights``."""
+        if self.events is not None:
+            self.events.draw(step, f"{split}/confusion", events.confusion_picture(seen.confusion))
+            if weights is not None:
+                self.events.draw(step, "weights", events.mosaic(weights))
+
+    def end(self) -> None:
+        """Writes what is new, and that the run is finished. Raises OSError."""
+        if self.events is not None:
+            self.events.end()
+            self.write(lambda: None)
+
     def close(self) -> None:
         self.checkpoints.close()
 
@@ -100,7 +118,7 @@ class Archive:
             logger.warning("cannot save to %s (%s): tried again in %.0f s", self.folder, reason, RETRY_SECONDS)
 
     def write(self, action: Callable[[], None]) -> None:
-        """Writes new records, and does ``action``. Raises OSError where either fails.
+        """Writes new records and events, and does ``action``. Raises OSError where either fails.
 
         In one process of several it raises UserError, for the others wait for what this one cannot do.
         """
@@ -108,6 +126,8 @@ class Archive:
             if hosts.is_first():
                 self.lock.check()
             self.records.write()
+            if self.events is not None:
+                self.events.write()
             action()
         except OSError as error:
             if jax.process_count() > 1:

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from flaxmnist import evaluation, folders, hosts, order, parallel
+from flaxmnist import evaluation, folders, hosts, models, order, parallel
 from flaxmnist.config import Config
 from flaxmnist.data import Dataset, Split
 from flaxmnist.errors import Diverged, Stopped, UserError
@@ -290,7 +291,19 @@ class Loop:
         epoch = self.step // self.epoch_length
         self.records.add(self.step, epoch, split, loss=seen.loss, accuracy=seen.accuracy)
         logger.info("step %d, %s loss %.4f, accuracy %.4f", self.step, split, seen.loss, seen.accuracy)
+        self.draw(split, seen)
         return seen
+
+    def draw(self, split: str, seen: evaluation.Evaluation) -> None:
+        """Has pictures of the model, and of what was ``seen`` on ``split``, kept where there is a folder."""
+        if self.archive is not None:
+            with self.clock("checkpoint"):
+                weights = self.state.weights
+                if jax.process_count() > 1:
+                    weights = parallel.gather(weights, self.mesh)
+                model = nnx.merge(self.state.graphdef, weights)
+                shape = self.data.train.images.shape[1:3]
+                self.archive.draw(self.step, split, seen, models.first_weights(model, shape))
 
     def save(self) -> None:
         """Saves a checkpoint in the background, with the records that belong to it."""
@@ -331,12 +344,12 @@ class Loop:
             validation_accuracy=accuracy,
             test=test,
         )
-        if self.folder is not None and hosts.is_first():
+        if self.archive is not None and hosts.is_first():
             try:
-                self.records.write()
-                write_json(self.folder / "result.json", result)
+                self.archive.end()
+                write_json(self.archive.folder / "result.json", result)
             except OSError as error:
-                raise folders.unwritable(self.folder, error) from None
+                raise folders.unwritable(self.archive.folder, error) from None
         return Run(self.config, state, folders.describe_data(self.data), self.records.history, result)
 
 

@@ -1,7 +1,8 @@
 """What takes minutes to prove: python tests/stress.py kill [--minutes 10] | stop EXPERIMENT.py | long
 
 ``kill`` starts runs, kills them with SIGKILL at random moments, resumes them until they are finished, and compares what
-they end with to runs that were never killed: parameters, optimizer state and records must be the same to the bit.
+they end with to runs that were never killed: parameters, optimizer state and records must be the same to the bit, and
+TensorBoard must find each record once.
 ``stop`` sends SIGTERM to an experiment at random moments, and tells how many seconds later it ended.
 ``long`` trains 200,000 steps and looks at memory, speed and records. All exit with 1 where it is not as it should be.
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from test_events import recorded, scalars
 
 import flaxmnist as fm
 from flaxmnist import logs
@@ -81,6 +83,8 @@ def same(one: Path, other: Path) -> list[str]:
     differs = []
     if (one / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes():
         differs.append("metrics.jsonl")
+    if scalars(other) != recorded(other):
+        differs.append("tensorboard")
     states = [fm.load_run(folder).state for folder in (one, other)]
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(states[0]), jax.tree.leaves(states[1]), strict=True):
         if np.asarray(a).tobytes() != np.asarray(b).tobytes():
