@@ -38,13 +38,24 @@ def show(level: str) -> None:
 
 
 class Progress:
-    """How far a run is: a bar on a terminal, else a plain line every 30 s."""
+    """How far a run is: a bar on a terminal and in a notebook, else a plain line every 30 s."""
 
     def __init__(self, total: int, start: int, batch_size: int):
         self.start = self.step = start
         self.batch_size = batch_size
-        hidden = not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO)
-        self.bar = tqdm(total=total, initial=start, unit="step", disable=hidden, dynamic_ncols=True, file=sys.stderr)
+        notebook = type(sys.stderr).__module__.startswith("ipykernel")
+        drawn = notebook or (sys.stderr.isatty() and logger.isEnabledFor(logging.INFO))
+        # Times are told by ``tell``: those of the bar would count from now on, with all that is compiled.
+        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
+        self.bar = tqdm(
+            total=total,
+            initial=start,
+            disable=not drawn,
+            bar_format=form,
+            miniters=1,
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
         self.total = total
         self.begin()
 
@@ -55,15 +66,21 @@ class Progress:
     def show(self, step: int, loss: float | None = None, accuracy: float | None = None) -> None:
         """Says that ``step`` steps are done, and how the last of them did."""
         now, self.step = time.perf_counter(), step
-        rate = (step - self.start) / (now - self.began)
-        told = [f"{rate * self.batch_size:,.0f} images/s"]
-        told += [f"{name} {value:.4f}" for name, value in (("loss", loss), ("accuracy", accuracy)) if value is not None]
-        self.bar.set_postfix_str(", ".join(told), refresh=False)
+        told = self.tell(now - self.began, loss, accuracy)
+        self.bar.set_postfix_str(told, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and now - self.lined > LINE_SECONDS:
             self.lined = now
-            left = (self.total - step) / rate
-            logger.info("%d of %d steps, %.0f steps/s, %.0f s left", step, self.total, rate, left)
+            logger.info("%d of %d steps, %s", step, self.total, told)
+
+    def tell(self, seconds: float, loss: float | None, accuracy: float | None) -> str:
+        """What the steps so far took, which is ``seconds``, what the last of them saw, and what is still to be done."""
+        rate = (self.step - self.start) / seconds
+        told = [f"{rate:,.{0 if rate >= 100 else 1}f} steps/s", f"{rate * self.batch_size:,.0f} images/s"]
+        told += [f"{name} {value:.4f}" for name, value in (("loss", loss), ("accuracy", accuracy)) if value is not None]
+        if rate:
+            told.append(f"{tqdm.format_interval((self.total - self.step) / rate)} left")
+        return ", ".join(told)
 
     def close(self) -> None:
         self.bar.close()

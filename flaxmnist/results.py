@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxmnist import folders
+from flaxmnist import folders, inspection
 from flaxmnist.config import Config
 from flaxmnist.evaluation import Evaluation
 from flaxmnist.logs import Clock, read_records
@@ -76,20 +76,32 @@ def result_of(
 
 
 def summary(run: Run, workdir: Path, data_dir: Path | None) -> str:
-    """How the run ended, where it lies, and what to try next."""
-    result, seconds = run.result, run.result["seconds"]
-    spent = ", ".join(f"{name} {seconds[name]:.1f}" for name in SECONDS)
+    """How the run ended, where its time went, what it trained, where it lies, and what to try next."""
+    result = run.result
     accuracy = f"{result['test_accuracy']:.4f} of {result['test_count']} images"
     where = "" if data_dir is None else f" --data-dir {data_dir}"
     return "\n".join(
         [
-            f"test accuracy {accuracy}, loss {result['test_loss']:.4f}",
-            f"{result['steps']} steps, {seconds['total']:.1f} s ({spent})",
+            f"test accuracy {accuracy}, loss {result['test_loss']:.4f}, after {result['steps']} steps",
+            "",
+            time_table(result["seconds"]),
+            "",
+            inspection.parameter_table(run.state.params),
+            "",
             f"run folder {workdir}",
             f"next: python launch/evaluate.py {workdir}{where}",
             f"      python launch/predict.py {workdir} IMAGE.png",
         ]
     )
+
+
+def time_table(seconds: dict[str, float]) -> str:
+    """What the ``seconds`` of a result were spent on, and their sum."""
+    spent = {"save" if name == "checkpoint" else name: seconds[name] for name in SECONDS}
+    spent["other"] = max(0.0, seconds["total"] - sum(spent.values()))
+    spent["all"] = seconds["total"]
+    rows = [(name, f"{value:,.2f}", f"{value / seconds['total']:.0%}") for name, value in spent.items()]
+    return inspection.table([("time", "seconds", "share"), *rows])
 
 
 def params_sha256(params: Any) -> str:

@@ -63,6 +63,22 @@ def test_train(trained):
     assert json.loads((folder / "config.json").read_text())["experiment"] == "small.py"
 
 
+def test_train_ends_with_where_time_went_and_what_was_trained(trained):
+    ended, folder = trained
+    result = json.loads((folder / "result.json").read_text())
+    times, parameters = ([line.split() for line in part.splitlines()] for part in ended.stdout.split("\n\n")[1:3])
+    assert [row[0] for row in times[1:]] == [
+        "import", "data", "compile", "train", "evaluate", "save", "other", "all",
+    ]  # fmt: skip
+    seconds = [float(row[1]) for row in times[1:]]
+    assert sum(seconds[:-1]) == pytest.approx(seconds[-1], abs=0.05)
+    assert seconds[3] == pytest.approx(result["seconds"]["train"], abs=0.01)
+    assert times[-1][2] == "100%"
+    assert parameters[0] == ["parameter", "shape", "count", "bytes"]
+    assert parameters[2] == ["layers.0.kernel", "16×784", "12,544", "50,176"]
+    assert parameters[-1] == ["all", f"{result['params']:,}", f"{4 * result['params']:,}"]
+
+
 def test_evaluate(trained):
     _, folder = trained
     result = json.loads((folder / "result.json").read_text())
