@@ -25,7 +25,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from test_events import recorded, scalars
 
 import flaxmnist as fm
 from flaxmnist import logs
@@ -80,6 +79,9 @@ def moment(workdir: Path, began: float, told: str) -> str:
 
 def same(one: Path, other: Path) -> list[str]:
     """What differs between two finished runs."""
+    # Not above: it has JAX make eight devices, here and in processes that are started.
+    from test_events import recorded, scalars
+
     differs = []
     if (one / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes():
         differs.append("metrics.jsonl")
