@@ -268,7 +268,7 @@ def feature_maps(model: models.CNN, image: Num[np.ndarray, "h w 1"]) -> "Figure"
         for place, tile in enumerate(tiles):
             tile.set_axis_off()
             if place < count:
-                tile.imshow(maps[place], cmap=AMOUNT, vmin=0, vmax=maps.max() or 1)
+                tile.imshow(maps[place], cmap="Blues", vmin=0, vmax=maps.max() or 1)
         part.colorbar(tiles[0].images[0], ax=tiles.tolist(), label="activation")
     return drawn
 
