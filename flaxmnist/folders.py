@@ -23,7 +23,9 @@ from flaxmnist.errors import UserError
 from flaxmnist.lock import Lock
 from flaxmnist.logs import logger, read_records, write_json
 
-CONTENTS = {"config.json", "metrics.jsonl", "checkpoints", "result.json", "tensorboard", "plots", "report.html", "lock"}
+CONTENTS = {
+    "config.json", "metrics.jsonl", "checkpoints", "result.json", "tensorboard", "plots", "report.html", "export", "lock"
+}  # fmt: skip
 
 # Seconds between the last attempts to save, at the end.
 LAST_RETRIES = (0.5, 2.0, 5.0)
@@ -51,11 +53,7 @@ def read_described(folder: Path) -> dict[str, Any]:
     """What ``config.json`` in ``folder`` holds or, where it is damaged or gone, the newest checkpoint knows of it."""
     try:
         described = read_json(folder / "config.json")
-        with as_saved(folder):
-            fields.from_json(described["config"], Config)
-            height, width, classes = *described["data"]["shape"], described["data"]["classes"]
-            if not all(type(size) is int and size > 0 for size in (height, width, classes)):
-                raise UserError(f"{folder}/config.json does not say what the data are")
+        check_described(folder / "config.json", described)
         return described
     except UserError as error:
         saved = manifest.newest(folder / "checkpoints")
@@ -63,6 +61,20 @@ def read_described(folder: Path) -> dict[str, Any]:
             raise
         logger.warning("%s: taken from the checkpoint at step %d", error, saved.step)
         return saved.about["run"]
+
+
+def check_described(path: Path, described: dict[str, Any]) -> None:
+    """Raises UserError where ``described``, which ``path`` holds, does not say what was trained, and on what data."""
+    with as_saved(path.parent):
+        try:
+            fields.from_json(described["config"], Config)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        data = described["data"]
+        height, width, classes = *data["shape"], data["classes"]
+        whole = all(type(size) is int and size > 0 for size in (height, width, classes))
+        if not (whole and all(type(data[name]) is str for name in ("name", "source"))):
+            raise UserError(f"{path} does not say what the data are")
 
 
 def newest_step(folder: Path, config: Config) -> int | None:

@@ -5,7 +5,7 @@ argument's values; without it a model is the deterministic function that evaluat
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import jax
@@ -165,3 +165,22 @@ def make_model(model: config.Model, shape: tuple[int, int], classes: int, rngs: 
                 dense=model.dense,
                 **common,
             )
+
+
+def with_weights(
+    model: config.Model, shape: tuple[int, int], classes: int, weights: Mapping[str, np.ndarray]
+) -> nnx.Module:
+    """The module of ``make_model`` with ``weights``, each named by the dotted path to its place, as "convs.0.kernel".
+
+    Raises UserError where their names, shapes or types are not those of the module.
+    """
+    graphdef, variables = nnx.split(nnx.eval_shape(lambda: make_model(model, shape, classes, nnx.Rngs(0))))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(variables))
+    wanted = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if odd := sorted(wanted.keys() ^ weights.keys()):
+        raise UserError(f"the weights have {'no' if odd[0] in wanted else 'unknown'} {odd[0]!r}")
+    for name, leaf in wanted.items():
+        if (weights[name].shape, weights[name].dtype) != (leaf.shape, leaf.dtype):
+            is_, should = (f"{array.dtype} {list(array.shape)}" for array in (weights[name], leaf))
+            raise UserError(f"the weights {name} are {is_}, but their model has {should}")
+    return nnx.merge(graphdef, jax.tree.unflatten(tree, [jax.numpy.asarray(weights[name]) for name in wanted]))

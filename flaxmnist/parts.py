@@ -304,10 +304,8 @@ def load_members(folder: Path) -> list[tuple[dict[str, Any], nnx.Module]]:
             config, data = shells[line["experiment"]]
             for name, value in line["fields"].items():
                 config = fields.put(config, name, value, check=False)
-            make = partial(models.make_model, config.model, tuple(data["shape"]), data["classes"])
-            graphdef, variables = nnx.split(nnx.eval_shape(lambda make=make: make(nnx.Rngs(0))))
-            leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(variables))
-            names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
-            weights = jax.tree.unflatten(tree, [part[f"weights.{name}"][place] for name in names])
-            found[int(number)] = line, nnx.merge(graphdef, jax.tree.map(jax.numpy.asarray, weights))
+            stacked = {name: array for name, array in part.items() if name.startswith("weights.")}
+            weights = {name.removeprefix("weights."): array[place] for name, array in stacked.items()}
+            model = models.with_weights(config.model, tuple(data["shape"]), data["classes"], weights)
+            found[int(number)] = line, model
     return [found[number] for number in sorted(found)]

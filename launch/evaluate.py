@@ -1,4 +1,4 @@
-"""Evaluates a run or a sweep: python launch/evaluate.py WORKDIR [--step latest|best|N] [--split …] [--ensemble [K]]"""
+"""Evaluates a run, a sweep or an export: python launch/evaluate.py WORKDIR|FILE [--step latest|best|N] [--split …]"""
 
 import sys
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Literal
 
 import tyro
 
-from flaxmnist import ensembles, inspection, program, trained
+from flaxmnist import ensembles, exports, inspection, program, trained
 from flaxmnist.errors import UserError, exit_code
 
 
 @dataclass(frozen=True)
 class Arguments:
-    workdir: tyro.conf.Positional[Path]  # the folder of a run or of a sweep
+    workdir: tyro.conf.Positional[Path]  # the folder of a run or of a sweep, or a file of launch/export.py
     step: str = "latest"  # which checkpoint: latest, best (by validation accuracy), or a step
     split: Literal["test", "validation", "train"] = "test"  # which images
     ensemble: int | Literal["all"] | None = None  # of a sweep: so many members of its best setting together; alone: all
@@ -32,6 +32,10 @@ def evaluate(arguments: Arguments) -> None:
     if swept:
         size = None if arguments.ensemble == "all" else arguments.ensemble
         print(ensembles.report(ensembles.evaluate(arguments.workdir, size, arguments.split, arguments.data_dir)))
+    elif arguments.workdir.suffix in exports.SUFFIXES:
+        if arguments.step != "latest":
+            raise UserError(f"{arguments.workdir} holds one step: leave out --step, which launch/export.py takes")
+        print(inspection.class_report(exports.evaluate(arguments.workdir, arguments.split, arguments.data_dir)))
     else:
         seen = trained.evaluate_run(arguments.workdir, arguments.step, arguments.split, arguments.data_dir)
         print(inspection.class_report(seen))

@@ -121,6 +121,10 @@ MISTAKES = {
     "too many devices": (["train", "EXPERIMENT", "--devices", "9"], "9 devices were asked for, but 8"),
     "a file for a folder": (["train", "EXPERIMENT", "--devices", "1", "--workdir", "EXPERIMENT"], "cannot write to"),
     "no run folder": (["evaluate", "nowhere"], "nowhere is no run folder: it has no config.json"),
+    "no run to export": (["export", "nowhere"], "nowhere is no run folder"),
+    "no export": (["evaluate", "nowhere.stablehlo"], "nowhere.stablehlo cannot be read"),
+    "a step of a file": (["evaluate", "model.stablehlo", "--step", "3"], "leave out --step"),
+    "an ensemble in a file": (["evaluate", "model.safetensors", "--ensemble"], "leave out --ensemble"),
     "no run to predict with": (["predict", "nowhere", "image.png"], "nowhere is no run folder"),
     "resuming nothing": (["train", "EXPERIMENT", "--resume"], "--resume needs the --workdir"),
     "percents": (["train", "EXPERIMENT", "--min-accuracy", "95"], "--min-accuracy is a fraction in [0, 1]"),
@@ -212,7 +216,7 @@ def test_print_config(experiment, tmp_path):
     assert not list(tmp_path.glob("runs*"))
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "export"])
 def test_help_exits_with_0(script):
     helped = launch(script, "--help")
     assert helped.returncode == 0

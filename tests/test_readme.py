@@ -87,7 +87,7 @@ def test_the_commands_run(tmp_path, digits):
     for name in ("photo.png", "folder/another.png"):
         Image.fromarray(digits.test.images[0, :, :, 0]).save(tmp_path / name)
     commands = listed("Experiments")
-    assert len(commands) == 7
+    assert len(commands) == 9
     for command in commands:
         if "train.py" in command:
             command = re.sub(r"--train.steps \d+", "", command) + " --train.steps 2 --data.name digits"

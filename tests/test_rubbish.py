@@ -273,6 +273,7 @@ OPTIONS = {
     ],
     "evaluate": [*SHARED, "--split", "--ensemble"],
     "predict": [*SHARED, "--json"],
+    "export": [*SHARED, "--out"],
     "sweep": [*SHARED, *RUNNING, "--seeds", "--over", "--random", "--share-order", "--exact"],
     "benchmark": [*SHARED, "--json", "--peer", "--plot"],
 }
@@ -308,13 +309,13 @@ def test_command_lines(count, tmp_path, monkeypatch, few):
     Image.fromarray(few.test.images[0, :, :, 0]).save("digit.png")
     fm.fit(fm.load_experiment("tiny.py"), fm.load_data("digits"), "run", devices=1)
     commands = {name: main(name) for name in OPTIONS}
-    first = {"train": "tiny.py", "sweep": "tiny.py", "evaluate": "run", "predict": "run", "benchmark": "nothing"}
+    first = {"train": "tiny.py", "sweep": "tiny.py", "benchmark": "nothing"}
 
     def check(case):
         name, rest = case
         errors = io.StringIO()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
-            code = commands[name]([first[name], *rest])
+            code = commands[name]([first.get(name, "run"), *rest])
         assert code in (0, 2, 3, 4, Stopped.exit_code), errors.getvalue()
         assert code != 2 or errors.getvalue().strip(), (name, rest)
 

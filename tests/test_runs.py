@@ -186,11 +186,13 @@ def test_a_finished_run_can_be_made_longer_but_not_shorter(few, tmp_path):
 def test_a_used_folder_needs_resume_or_overwrite(few, tmp_path):
     fit(small(), few, tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "export").mkdir()
     with pytest.raises(UserError, match=r"--resume .* --overwrite"):
         fit(small(), few, tmp_path)
     fit(replace(small(), seed=1), few, tmp_path, overwrite=True)
     assert json.loads((tmp_path / "result.json").read_text())["seed"] == 1
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "export").exists(), "of the run before"
 
 
 def test_a_changed_config_is_refused_by_the_names_of_its_fields(few, tmp_path):

@@ -1,0 +1,34 @@
+"""Writes a run as safetensors and StableHLO: python launch/export.py WORKDIR [--step latest|best|N] [--out DIR]"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from flaxmnist import exports, trained
+from flaxmnist.errors import exit_code
+
+
+@dataclass(frozen=True)
+class Arguments:
+    workdir: tyro.conf.Positional[Path]  # the run folder
+    step: str = "latest"  # which checkpoint: latest, best (by validation accuracy), or a step
+    out: Path | None = None  # where to, in place of an earlier export; default: WORKDIR/export
+
+
+def export(arguments: Arguments) -> None:
+    """Prints each file, its bytes, and what to try next."""
+    folder = arguments.workdir / "export" if arguments.out is None else arguments.out
+    for file in exports.write(trained.load(arguments.workdir, arguments.step), folder):
+        print(f"{file}  {file.stat().st_size:,} bytes")
+    print(f"next: python launch/evaluate.py {folder / 'model.stablehlo'}")
+    print(f"      python {folder / 'load.py'} IMAGES.npy")
+
+
+def main(argv: list[str]) -> int:
+    return exit_code(lambda: export(tyro.cli(Arguments, args=argv, prog="launch/export.py", description=__doc__)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
