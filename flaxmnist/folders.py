@@ -23,9 +23,8 @@ from flaxmnist.errors import UserError
 from flaxmnist.lock import Lock
 from flaxmnist.logs import logger, read_records, write_json
 
-CONTENTS = {
-    "config.json", "metrics.jsonl", "checkpoints", "result.json", "tensorboard", "plots", "report.html", "export", "lock"
-}  # fmt: skip
+CONTENTS = {"config.json", "metrics.jsonl", "checkpoints", "result.json", "tensorboard", "lock"}
+CONTENTS |= {"plots", "report.html", "export"}
 
 # Seconds between the last attempts to save, at the end.
 LAST_RETRIES = (0.5, 2.0, 5.0)

@@ -16,8 +16,11 @@ import flaxmnist as fm
 from flaxmnist import reports, sweeps
 from flaxmnist.errors import Stopped, UserError
 
-# What every run has; in the order of the page.
-PICTURES = ["history", "batch_costs", "confusion", "mistakes", "calibration", "weights", "examples", "digit", "values"]
+# Those of a CNN, in the order of the page.
+PICTURES = [
+    "history", "batch_costs", "confusion", "mistakes", "calibration", "weights", "feature_maps", "examples", "digit",
+    "values",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,33 +38,25 @@ def copy(runs, tmp_path):
     return tmp_path / "runs"
 
 
-def shown(page) -> list[bytes]:
-    """The pictures in a page."""
-    return [base64.b64decode(each) for each in re.findall(r'src="data:image/png;base64,([^"]+)"', page.read_text())]
-
-
 def test_a_run_has_every_picture_that_applies(copy, capsys):
-    for name, expected in {
-        "softmax": PICTURES,
-        "cnn": [*PICTURES[:6], "feature_maps", *PICTURES[6:]],
-    }.items():
-        folder = copy / name
-        assert main("report")([str(folder)]) == 0
-        told = capsys.readouterr().out.splitlines()
-        assert told == [*(f"{folder}/plots/{picture}.png" for picture in expected), f"{folder}/report.html"]
-        page = folder / "report.html"
-        assert shown(page) == [(folder / f"plots/{picture}.png").read_bytes() for picture in expected]
-        result = json.loads((folder / "result.json").read_text())
-        assert f"test accuracy        {result['test_accuracy']:.4f} of 360 images" in page.read_text()
-        assert "optimizer.learning_rate = 0.1" in page.read_text()
-
-
-def test_a_page_needs_nothing_beside_itself(copy):
-    page, _ = reports.write([copy / "softmax"])
+    folder, page = copy / "cnn", copy / "cnn/report.html"
+    assert main("report")([str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines() == [*(f"{folder}/plots/{name}.png" for name in PICTURES), str(page)]
     text = page.read_text()
-    assert not re.search(r"https?://|<script|<link(?! rel=\"icon\" href=\"data:,\")|url\(|@import", text)
-    assert set(re.findall(r'(?:src|href)="(.{5})', text)) == {"data:"}
+    drawn = [base64.b64decode(each) for each in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
+    assert drawn == [(folder / f"plots/{name}.png").read_bytes() for name in PICTURES]
     assert text.count("<img") == text.count('alt="') == len(PICTURES)
+    result = json.loads((folder / "result.json").read_text())
+    assert f"test accuracy        {result['test_accuracy']:.4f} of 360 images" in text
+    assert "optimizer.learning_rate = 0.1" in text
+    # It needs nothing beside itself, from the disk or the network.
+    assert not re.search(r"https?://|<script|url\(|@import", text)
+    assert set(re.findall(r'(?:src|href)="(.{5})', text)) == {"data:"}
+
+
+def test_feature_maps_are_those_of_a_cnn(runs, digits):
+    loaded = fm.load_run(runs / "softmax")
+    assert [picture.name for picture in reports.of_model(loaded, digits)] == ["weights"]
 
 
 def test_a_run_that_is_not_finished_looks_at_validation_images(digits, tmp_path):
@@ -70,9 +65,10 @@ def test_a_run_that_is_not_finished_looks_at_validation_images(digits, tmp_path)
     stop.set()
     with pytest.raises(Stopped):
         fm.fit(small(steps=20), digits, tmp_path, stop=stop)
-    page, _ = reports.write([tmp_path])
-    assert "Answers on the validation images" in page.read_text()
-    assert re.search(r"steps +\d+ of 20: not finished", page.read_text())
+    sections = {section.title: section.text for section in reports.of_run(tmp_path, fm.load_run(tmp_path), None)}
+    assert "Answers on the validation images" in sections
+    assert re.search(r"steps +\d+ of 20: not finished", sections["Result"])
+    assert sum(int(line.split()[-1]) for line in sections["Each class"].splitlines()[1:]) == 180
 
 
 def test_several_runs_are_compared(copy):
