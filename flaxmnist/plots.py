@@ -81,13 +81,13 @@ def save(drawn: "Figure", path: Path) -> None:
 def examples(images: Images, labels: Int[np.ndarray, " n"], each: int = 12) -> "Figure":
     """The first ``each`` images of each class, a row a class."""
     classes, (height, width) = int(labels.max()) + 1, images.shape[1:3]
-    grid = np.zeros((classes, each, height, width))
-    for number in range(classes):
+    rows = np.zeros((classes, each, height, width))
+    for number, row in enumerate(rows):
         mine = np.asarray(images[labels == number][:each, :, :, 0])
-        grid[number, : len(mine)] = mine
+        row[: len(mine)] = mine
     drawn, axes = plot(0.55 * each + 0.6, 0.55 * classes + 0.4)
-    axes.imshow(grid.swapaxes(1, 2).reshape(classes * height, each * width), cmap=INK)
-    axes.set_yticks(height * (np.arange(classes) + 0.5), [str(number) for number in range(classes)])
+    axes.imshow(sheet(rows.reshape(-1, height, width), each), cmap=INK)
+    axes.set_yticks((height + 1) * (np.arange(classes) + 0.5) - 1, [str(number) for number in range(classes)])
     axes.set_xticks([])
     axes.set_ylabel("class")
     return drawn
@@ -109,17 +109,18 @@ def values(images: Images) -> "Figure":
     """How often pixels have which value, and the range that they lie in."""
     drawn, axes = plot(7, 3.5)
     pixels = np.asarray(images).ravel()
-    counts, edges = np.histogram(pixels, 64)
+    if pixels.dtype == np.uint8:
+        counts, edges = np.bincount(pixels, minlength=256), np.arange(257)
+    else:
+        counts, edges = np.histogram(pixels, 256)
     axes.stairs(counts / len(pixels), edges, fill=True, color=COLOURS[0])
     axes.set_yscale("log")
     axes.set_xlabel("value of a pixel")
     axes.set_ylabel("share of all pixels")
     count, height, width = images.shape[:3]
-    axes.set_title(
-        f"{count:,} images of {height}×{width} pixels, {images.dtype}: {pixels.min()} to {pixels.max()}, "
-        f"mean {pixels.mean():.3g}, standard deviation {pixels.std():.3g}",
-        fontsize=10,
-    )
+    least, most, mean = pixels.min(), pixels.max(), pixels.mean()
+    sizes = f"{count:,} images of {height}×{width} pixels, {images.dtype}"
+    axes.set_title(f"{sizes}: {least:.3g} to {most:.3g}, mean {mean:.3g}", fontsize=10)
     return drawn
 
 
@@ -237,40 +238,57 @@ def weights(model: nnx.Module, shape: tuple[int, int] = (28, 28)) -> "Figure":
     pictures = models.first_weights(model, shape)
     if pictures is None:
         raise UserError(f"{type(model).__name__} has no first layer that can be drawn: give a Softmax, MLP or CNN")
-    count = min(len(pictures), MOST_TILES)
-    of_classes = isinstance(model, models.Softmax)
-    across = 5 if count <= 10 else 8 if count <= 32 else 16
     limit = float(abs(pictures).max()) or 1.0
-    drawn, tiles = tiled(count, across, 1.3 if of_classes else 7 / across)
-    for number, axes in enumerate(tiles):
-        axes.imshow(pictures[number], cmap=SIGN, vmin=-limit, vmax=limit)
-        if of_classes:
+    style = {"cmap": SIGN, "vmin": -limit, "vmax": limit}
+    if isinstance(model, models.Softmax):
+        drawn, tiles = tiled(len(pictures), 5, 1.3)
+        for number, axes in enumerate(tiles):
+            axes.imshow(pictures[number], **style)
             axes.set_title(str(number))
-    label = "weight (+ for, − against)" if of_classes else "weight"
+    else:
+        drawn, axes = plot(7, 3.5)
+        count = len(pictures[:MOST_TILES])
+        axes.imshow(sheet(pictures[:MOST_TILES], 8 if count <= 32 else 16), **style)
+        axes.set_axis_off()
+        told = shown_of(count, len(pictures), "filters" if isinstance(model, models.CNN) else "units")
+        axes.set_title(f"{told} of {pictures.shape[1]}×{pictures.shape[2]}", fontsize=10)
+        tiles = [axes]
+    label = "weight (+ for, − against)" if isinstance(model, models.Softmax) else "weight"
     drawn.colorbar(tiles[0].images[0], ax=tiles, label=label, shrink=0.8)
     return drawn
 
 
 def feature_maps(model: models.CNN, image: Num[np.ndarray, "h w 1"]) -> "Figure":
     """What each convolution of a CNN makes of ``image``, after pooling and ReLU, a picture a feature."""
-    layers = [np.asarray(maps[0]).transpose(2, 0, 1)[:MOST_TILES] for maps in model.feature_maps(image[None])]
-    rows = [-(-len(maps) // 16) for maps in layers]
-    drawn = figure(8, 1.6 + sum(0.55 * count + 0.35 for count in rows))
-    heights = [1.6, *(0.55 * count + 0.35 for count in rows)]
-    first, *others = np.atleast_1d(drawn.subfigures(1 + len(layers), height_ratios=heights))  # pyright: ignore[reportCallIssue, reportArgumentType]
-    axes = first.add_subplot()
-    axes.imshow(image[:, :, 0], cmap=INK)
-    axes.set_axis_off()
-    for number, (part, maps) in enumerate(zip(others, layers, strict=True), start=1):
+    layers = [np.asarray(maps[0]).transpose(2, 0, 1) for maps in model.feature_maps(image[None])]
+    heights = [1.2, *(0.5 * -(-len(maps[:MOST_TILES]) // 16) + 0.3 for maps in layers)]
+    drawn = figure(8, sum(heights))
+    first, *others = drawn.subplots(1 + len(layers), height_ratios=heights)
+    first.imshow(image[:, :, 0], cmap=INK)
+    first.set_axis_off()
+    for number, (axes, maps) in enumerate(zip(others, layers, strict=True), start=1):
         count, height, width = maps.shape
-        part.suptitle(f"convolution {number}: {count} features of {height}×{width}", fontsize=9)
-        tiles = np.atleast_1d(part.subplots(-(-count // 16), 16)).ravel()
-        for place, tile in enumerate(tiles):
-            tile.set_axis_off()
-            if place < count:
-                tile.imshow(maps[place], cmap="Blues", vmin=0, vmax=maps.max() or 1)
-        part.colorbar(tiles[0].images[0], ax=tiles.tolist(), label="activation")
+        shown = axes.imshow(sheet(maps[:MOST_TILES], 16), cmap="Blues", vmin=0)
+        drawn.colorbar(shown, ax=axes, label="activation")
+        axes.set_axis_off()
+        told = shown_of(len(maps[:MOST_TILES]), count, "features")
+        axes.set_title(f"convolution {number}: {told} of {height}×{width}", fontsize=10)
     return drawn
+
+
+def shown_of(count: int, total: int, what: str) -> str:
+    """How many are shown of how many there are."""
+    return f"{total} {what}" if count == total else f"the first {count} of {total} {what}"
+
+
+def sheet(pictures: Num[np.ndarray, "n h w"], across: int) -> Float[np.ndarray, "rows columns"]:
+    """Pictures in rows of so many ``across``, with a pixel of nothing between them."""
+    count, height, width = pictures.shape
+    down = -(-count // across)
+    tiles = np.full((down * across, height + 1, width + 1), np.nan)
+    tiles[:count, :-1, :-1] = pictures
+    tiles = tiles.reshape(down, across, height + 1, width + 1).swapaxes(1, 2)
+    return tiles.reshape(down * (height + 1), across * (width + 1))[:-1, :-1]
 
 
 # --- Answers --------------------------------------------------------------------------------------------------------
@@ -312,7 +330,7 @@ def mistakes(
     drawn, tiles = tiled(len(worst), 6, 1.35, 1.75)
     for number, axes in zip(worst, tiles, strict=True):
         axes.imshow(images[number, :, :, 0], cmap=INK)
-        truth = f"true {labels[number]}, p = {given[number]:.1g}"
+        truth = f"true {labels[number]}, p = {given[number]:.2g}"
         axes.set_title(f"{truth}\nread {answers[number]}, p = {probabilities[number].max():.3f}", fontsize=8)
     return drawn
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from flaxmnist import evaluation, fields, folders, inspection, parts, plots, results, trained
-from flaxmnist.data import Dataset
+from flaxmnist.data import Dataset, Split
 from flaxmnist.errors import UserError
+from flaxmnist.evaluation import Evaluation
 from flaxmnist.models import CNN, Softmax
 from flaxmnist.parts import Sweep
 from flaxmnist.results import Run
@@ -75,7 +77,7 @@ def of_run(folder: Path, run: Run, data_dir: Path | None) -> Iterator[Section]:
     if images is not None:
         logits = evaluation.predict_logits(run.model, images.images)
         seen, probabilities = evaluation.score(logits, images.labels), np.exp(evaluation.log_softmax(logits))
-        pictures = of_answers(*images, probabilities, seen)
+        pictures = of_answers(images, probabilities, seen)
         yield Section(f"Answers on the {'test' if run.result else 'validation'} images", "", pictures)
         yield Section("Each class", inspection.class_scores(seen), [])
     yield Section("Model", inspection.parameter_table(run.state.params), of_model(run, data))
@@ -87,22 +89,22 @@ def of_training(run: Run) -> Iterator[Picture]:
     yield Picture("history", "Cost and accuracy against the epoch.", plots.history(run))
     if sum(record["split"] == "train" for record in run.history) > 1:
         every = run.config.train.log_every
-        which = "every batch" if every == 1 else f"every {every}th batch"
+        which = "every batch" if every == 1 else f"one batch in {every}"
         yield Picture("batch_costs", f"Cost of {which}, before its step; a curve an epoch.", plots.batch_costs(run))
 
 
-def of_answers(images, labels, probabilities, seen: evaluation.Evaluation) -> Iterator[Picture]:
+def of_answers(split: Split, probabilities: Float[np.ndarray, "n classes"], seen: Evaluation) -> Iterator[Picture]:
     yield Picture("confusion", "Images by true class and answer.", plots.confusion(seen.confusion))
     if seen.accuracy < 1:
         yield Picture(
             "mistakes",
             "The images answered most wrongly: the true class with the probability it was given, then the answer.",
-            plots.mistakes(images, labels, probabilities),
+            plots.mistakes(*split, probabilities),
         )
     yield Picture(
         "calibration",
         "How often answers are right that are given with some confidence.",
-        plots.calibration(probabilities, labels),
+        plots.calibration(probabilities, split.labels),
     )
 
 

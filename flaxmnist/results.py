@@ -90,6 +90,7 @@ def summary(run: Run, workdir: Path, data_dir: Path | None) -> str:
             "",
             f"run folder {workdir}",
             f"next: python launch/evaluate.py {workdir}{where}",
+            f"      python launch/report.py {workdir}{where}",
             f"      python launch/predict.py {workdir} IMAGE.png",
         ]
     )

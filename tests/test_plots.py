@@ -9,7 +9,7 @@ from conftest import small
 from flax import nnx
 
 import flaxmnist as fm
-from flaxmnist import plots
+from flaxmnist import models, plots
 from flaxmnist.errors import UserError
 from flaxmnist.parts import Sweep
 
@@ -146,9 +146,19 @@ def test_calibration_has_accuracy_over_confidence():
 
 def test_examples_are_a_row_a_class(few):
     grid = plots.examples(*few.train, each=2).axes[0].images[0].get_array()
-    assert grid.shape == (280, 56)
+    assert grid.shape == (10 * 29 - 1, 2 * 29 - 1)
     fives = few.train.images[few.train.labels == 5][:, :, :, 0]
-    np.testing.assert_array_equal(grid[5 * 28 : 6 * 28, 28:], fives[1])
+    np.testing.assert_array_equal(grid[5 * 29 : 5 * 29 + 28, 29:], fives[1])
+
+
+def test_filters_and_feature_maps_lie_in_rows(network, few, pictures):
+    """The seventeenth of twenty features begins the second row."""
+    filters = pictures["filters"].axes[0].images[0].get_array()
+    np.testing.assert_array_equal(filters[:6, 7:13], models.first_weights(network)[1])
+    _, second = network.feature_maps(few.test.images[:1])
+    shown = pictures["feature_maps"].axes[2]
+    assert shown.get_title() == "convolution 2: 20 features of 4×4"
+    np.testing.assert_array_equal(shown.images[0].get_array()[5:9, :4], second[0, :, :, 16])
 
 
 def test_values_tell_the_range(few):
