@@ -41,8 +41,10 @@ def picture_class() -> type["Figure"]:
     from matplotlib.figure import Figure
 
     class Picture(Figure):
-        def _repr_png_(self) -> bytes:
-            return png(self)
+        def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+            # In its own size of 96 pixels an inch, sharp where a screen has more.
+            width, height = (round(96 * inches) for inches in self.get_size_inches())
+            return png(self), {"width": width, "height": height}
 
     return Picture
 
@@ -212,7 +214,7 @@ def accuracies(runs: Mapping[str, Run]) -> "Figure":
         axes.plot([100 * low, 100 * high], [place, place], color=COLOURS[0])
         axes.plot(100 * result["test_accuracy"], place, "o", color=COLOURS[0])
     axes.set_yticks(range(len(finished)), list(finished))
-    axes.invert_yaxis()
+    axes.set_ylim(len(finished) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("test accuracy (%), 95 % interval")
     axes.set_ylabel("run")
@@ -327,7 +329,7 @@ def mistakes(
     if len(wrong) == 0:
         raise UserError("no image was answered wrongly: there is nothing to draw")
     worst = wrong[np.argsort(given[wrong], kind="stable")][:most]
-    drawn, tiles = tiled(len(worst), 6, 1.35, 1.75)
+    drawn, tiles = tiled(len(worst), min(len(worst), 6), 1.35, 1.75)
     for number, axes in zip(worst, tiles, strict=True):
         axes.imshow(images[number, :, :, 0], cmap=INK)
         truth = f"true {labels[number]}, p = {given[number]:.2g}"

@@ -72,7 +72,8 @@ def test_nothing_is_cut_off_and_axes_are_named(pictures):
 
 
 def test_notebooks_show_them_and_pyplot_is_not_touched(pictures):
-    assert pictures["digit"]._repr_png_().startswith(b"\x89PNG")
+    shown, size = pictures["digit"]._repr_png_()
+    assert shown.startswith(b"\x89PNG") and size == {"width": 480, "height": 403}
     assert "matplotlib.pyplot" not in sys.modules
 
 
