@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxmnist import evaluation, folders, inspection, order, parallel, peer, plots, program, results, steps
+from flaxmnist import evaluation, figures, folders, inspection, order, parallel, peer, program, results, steps
 from flaxmnist.config import Config, load_experiment
 from flaxmnist.data import Dataset, load_data
 from flaxmnist.state import TrainState
@@ -203,18 +203,18 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         {"flaxmnist": result["steps_per_second"], **result.get("peer_steps_per_second", {})} for result in results
     ]
     names = list(dict.fromkeys(name for each in speeds for name in each))
-    drawn, axes = plots.plot(1.5 + 1.4 * len(results), 4)
+    drawn, axes = figures.plot(1.5 + 1.4 * len(results), 4)
     for number, name in enumerate(names):
         heights = [result["batch_size"] * each.get(name, np.nan) for result, each in zip(results, speeds, strict=True)]
         places = np.arange(len(results)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
-        bars = axes.bar(places, heights, 0.8 / len(names), label=name, color=plots.COLOURS[number])
+        bars = axes.bar(places, heights, 0.8 / len(names), label=name, color=figures.COLOURS[number])
         axes.bar_label(bars, fmt="{:,.0f}", fontsize=7)
     axes.set_xticks(range(len(results)), [result["name"] for result in results])
     axes.set_yscale("log")
     axes.set_ylabel("training images a second")
     axes.set_title(results[0]["device"])
     axes.legend()
-    plots.save(drawn, path)
+    figures.save(drawn, path)
 
 
 def peak() -> float:

@@ -35,7 +35,7 @@ class Ensemble:
 def answers(probabilities: np.ndarray, labels: np.ndarray) -> Answers:
     """What ``probabilities`` are worth against ``labels``."""
     accuracy = float((probabilities.argmax(axis=1) == labels).mean())
-    return Answers(accuracy, evaluation.calibration_error(probabilities, labels))
+    return Answers(accuracy, evaluation.reliability(probabilities, labels).error())
 
 
 def evaluate(workdir: Path, size: int | None, split: str = "test", data_dir: Path | None = None) -> Ensemble:

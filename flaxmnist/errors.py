@@ -1,6 +1,7 @@
 """The ways a command may end other than well, and the exit code of each."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -41,6 +42,10 @@ def exit_code(command: Callable[[], None]) -> int:
 
     Anything but the endings above, a keyboard's interrupt and a reader gone is a defect of ours, with its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that does not know a character shows another.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         command()
         sys.stdout.flush()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -92,15 +92,26 @@ def score(logits: Float[np.ndarray, "n classes"], labels: Int32[np.ndarray, " n"
     )
 
 
-def calibration_error(
-    probabilities: Float[np.ndarray, "n classes"], labels: Int32[np.ndarray, " n"], bins: int = 15
-) -> float:
-    """The expected calibration error: how far confidence is from accuracy, over equal intervals of confidence.
+class Reliability(NamedTuple):
+    """Answers by the probability they were given, in equal intervals of it; sums over those in each."""
 
-    Guo et al. 2017, "On calibration of modern neural networks": the mean of |accuracy − confidence| over ``bins``,
-    weighted by the answers in each.
+    answers: Int[np.ndarray, " bins"]
+    confidence: Float[np.ndarray, " bins"]
+    right: Float[np.ndarray, " bins"]
+
+    def error(self) -> float:
+        """The mean of |accuracy − confidence| over the intervals, weighted by the answers in each."""
+        return float(np.abs(self.right - self.confidence).sum() / self.answers.sum())
+
+
+def reliability(
+    probabilities: Float[np.ndarray, "n classes"], labels: Int32[np.ndarray, " n"], bins: int = 15
+) -> Reliability:
+    """How often answers were right that were given with some confidence.
+
+    Its ``error()`` is the expected calibration error of Guo et al. 2017, "On calibration of modern neural networks".
     """
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     places = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    differences = np.bincount(places, right - confidence, minlength=bins)
-    return float(np.abs(differences).sum() / len(labels))
+    sums = (np.bincount(places, weights, minlength=bins) for weights in (None, confidence, right))
+    return Reliability(*sums)

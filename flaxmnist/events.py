@@ -10,7 +10,6 @@ import math
 import struct
 import sys
 import time
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,22 +39,24 @@ class Events:
     def __init__(self, folder: Path, records: Records, step: int, config: Config):
         """Goes on at ``step``, of which ``records`` hold all that is to stay. Raises OSError."""
         self.folder, self.records, self.config = folder, records, config
+        folder.mkdir(exist_ok=True)
         self.begin(step)
 
     def begin(self, step: int) -> None:
         """Begins another file, the first to tell of ``step`` and what follows. Writes nothing yet. Raises OSError."""
         tensorboard = protocol()
         old = sorted(self.folder.glob("events.out.tfevents.*"))
-        if not old:
-            step = 0
+        kept = [read_events(path) for path in old]
+        # Where any of it is damaged, everything is told anew.
+        start = step if old and all(whole for _, whole in kept) else 0
         number = 1 + max((int(path.suffix[1:]) for path in old if path.suffix[1:].isdecimal()), default=0)
         # TensorBoard reads the files in the order of their names.
         self.path, self.size = self.folder / f"events.out.tfevents.{number:06}", 0
         self.pending = bytearray()  # what the file lacks
         self.seen: dict[str, int] = {}  # the step of the last picture of each tag
-        self.told = beginning_of(step, self.records.text)  # the bytes of metrics.jsonl that have become events
+        self.told = beginning_of(start, self.records.text)  # the bytes of metrics.jsonl that have become events
         self.add(0, file_version="brain.Event:2")
-        self.add(step, session_log=tensorboard.SessionLog(status=tensorboard.SessionLog.START))
+        self.add(start, session_log=tensorboard.SessionLog(status=tensorboard.SessionLog.START))
         hparams = {
             name: value if isinstance(value, int | float | str) else str(value)
             for name, value in fields.flatten(fields.to_json(self.config)).items()
@@ -63,12 +64,16 @@ class Events:
         described, started, self.ended = tensorboard.hparams(hparams, {METRIC: None})
         self.add(0, summary=described)
         self.add(0, summary=started)
-        for path in old:
-            for event in read_events(path):
-                for value in event.summary.value:
-                    # Pictures of this step are taken back too, and no checkpoint holds them. The test comes again.
-                    if event.step == step and value.HasField("image") and not value.tag.startswith("test/"):
-                        self.add_value(step, value)
+        # Pictures from there on are taken back too, and no checkpoint holds them. The test comes again.
+        pictures = {
+            (event.step, value.tag): value
+            for events, _ in kept
+            for event in events
+            for value in event.summary.value
+            if start <= event.step <= step and value.HasField("image") and not value.tag.startswith("test/")
+        }
+        for (of, _), value in sorted(pictures.items(), key=lambda item: item[0]):
+            self.add_value(of, value)
 
     def draw(self, step: int, tag: str, picture: Picture) -> None:
         """A picture after ``step`` updates, to be written with the next records; once for each tag and step."""
@@ -161,21 +166,17 @@ def framed(content: bytes) -> bytes:
     return length + struct.pack("<I", checksum(length)) + content + struct.pack("<I", checksum(content))
 
 
-def read_events(path: Path) -> Iterator[Any]:
-    """The events in a file, up to where it is cut off or damaged. Raises OSError."""
-    from google.protobuf.message import DecodeError
-
-    content, place = path.read_bytes(), 0
-    while place + 12 <= len(content):
-        start = place + 12
-        (length,) = struct.unpack_from("<Q", content, place)
-        place = start + length + 4
-        if place > len(content):
-            return
-        try:
-            yield protocol().Event.FromString(content[start : start + length])
-        except DecodeError:
-            return
+def read_events(path: Path) -> tuple[list[Any], bool]:
+    """The events in a file up to where it is cut off or damaged, and whether it is neither. Raises OSError."""
+    content, place, events = path.read_bytes(), 0, []
+    while place < len(content):
+        size = int.from_bytes(content[place : place + 8], "little")
+        event = content[place + 12 : place + 12 + size]
+        if content[place : place + size + 16] != framed(event):
+            return events, False
+        events.append(protocol().Event.FromString(event))
+        place += size + 16
+    return events, True
 
 
 # --- Pictures -------------------------------------------------------------------------------------------------------

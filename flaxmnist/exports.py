@@ -60,6 +60,8 @@ def write(trained: Trained, folder: Path) -> list[Path]:
     paths = [folder / f"model{suffix}" for suffix in SUFFIXES]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "load.py").exists() and not (folder / "model.json").exists():
+            raise UserError(f"{folder} has a load.py of its own: give another --out")
         for path in paths:
             write_file(path, contents[path.suffix])
         write_file(folder / "load.py", loader.encode())

@@ -21,10 +21,31 @@ from flaxmnist.config import Config
 from flaxmnist.data import Dataset
 from flaxmnist.errors import UserError
 from flaxmnist.lock import Lock
-from flaxmnist.logs import logger, read_records, write_json
+from flaxmnist.logs import SECONDS, logger, read_records, write_json
 
 CONTENTS = {"config.json", "metrics.jsonl", "checkpoints", "result.json", "tensorboard", "lock"}
 CONTENTS |= {"plots", "report.html", "export"}
+
+# What result.json holds.
+RESULT = {
+    "experiment": str,
+    "seed": int,
+    "backend": str,
+    "devices": int,
+    "device_kind": str,
+    "steps": int,
+    "epochs": float,
+    "test_accuracy": float,
+    "test_loss": float,
+    "test_count": int,
+    "validation_accuracy": float | None,
+    "params": int,
+    "params_sha256": str,
+    "steps_per_second": float | None,
+    "seconds": dict,
+    "peak_memory_bytes": int,
+    "versions": dict,
+}
 
 # Seconds between the last attempts to save, at the end.
 LAST_RETRIES = (0.5, 2.0, 5.0)
@@ -62,6 +83,19 @@ def read_described(folder: Path) -> dict[str, Any]:
         return saved.about["run"]
 
 
+def read_result(folder: Path) -> dict[str, Any]:
+    """What ``result.json`` in ``folder`` holds. Raises UserError where it is not what a run ends with."""
+    result = read_json(folder / "result.json")
+    for name, kind in RESULT.items():
+        fields.check_types(kind, result.get(name), f"{folder}/result.json is damaged: {name}")
+    seconds = result["seconds"]
+    for name in (*SECONDS, "total"):
+        fields.check_types(float, seconds.get(name), f"{folder}/result.json is damaged: seconds.{name}")
+    if seconds["total"] <= 0 or result["test_count"] <= 0:
+        raise UserError(f"{folder}/result.json is damaged: seconds.total and test_count must be above 0")
+    return result
+
+
 def check_described(path: Path, described: dict[str, Any]) -> None:
     """Raises UserError where ``described``, which ``path`` holds, does not say what was trained, and on what data."""
     with as_saved(path.parent):
@@ -71,7 +105,7 @@ def check_described(path: Path, described: dict[str, Any]) -> None:
             raise UserError(f"{path}: {error}") from None
         data = described["data"]
         height, width, classes = *data["shape"], data["classes"]
-        whole = all(type(size) is int and size > 0 for size in (height, width, classes))
+        whole = all(type(size) is int and size > 0 for size in (height, width, classes, data["train"]))
         if not (whole and all(type(data[name]) is str for name in ("name", "source"))):
             raise UserError(f"{path} does not say what the data are")
 
@@ -214,9 +248,9 @@ def check_result(folder: Path) -> int:
     """The steps of the finished run in ``folder``. Raises UserError where its files are not as it left them."""
     saved = manifest.newest(folder / "checkpoints")
     with as_saved(folder):
-        result, records = read_json(folder / "result.json"), read_records(folder / "metrics.jsonl")
+        result, records = read_result(folder), read_records(folder / "metrics.jsonl")
         steps, test = result["steps"], (result["test_loss"], result["test_accuracy"])
-        if saved is None or saved.step != steps or not isinstance(result["seconds"], dict):
+        if saved is None or saved.step != steps:
             raise UserError(f"{folder} has no checkpoint of the step that its result.json tells of")
         if (records[-1]["split"], records[-1]["loss"], records[-1]["accuracy"]) != ("test", *test):
             raise UserError(f"{folder}/metrics.jsonl does not end with the test that its result.json tells of")

@@ -38,7 +38,7 @@ def show(level: str) -> None:
 
 
 class Progress:
-    """How far a run is: a bar on a terminal and in a notebook, else a plain line every 30 s."""
+    """How far a run is: a bar in a notebook, and on a terminal that shows messages; else a line every 30 s."""
 
     def __init__(self, total: int, start: int, batch_size: int):
         self.start = self.step = start
@@ -101,7 +101,22 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         records = [json.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error})") from None
+    for line, record in enumerate(records, start=1):
+        if not is_record(record):
+            raise UserError(f"{path} is damaged (line {line} holds no record)")
     return records
+
+
+def is_record(record: Any) -> bool:
+    """Whether ``record`` has what all have; those of training and evaluation, loss and accuracy too."""
+    if not isinstance(record, dict) or type(record.get("split")) is not str:
+        return False
+    counts = [record.get("step"), record.get("epoch")]
+    measured = record["split"] in ("train", "epoch", "validation", "test")
+    numbers = [record.get("loss"), record.get("accuracy")] if measured else []
+    return all(type(count) is int and 0 <= count < 2**31 for count in counts) and all(
+        isinstance(number, int | float) for number in numbers
+    )
 
 
 # Kinds of records of which there may be millions, and which a run does not look back at.
@@ -150,6 +165,10 @@ class Records:
             file.seek(self.written)
             while self.written < len(self.text):
                 self.written += file.write(bytes(self.text[self.written :]))
+
+
+# What the seconds of a run are told apart by.
+SECONDS = ("import", "data", "compile", "train", "evaluate", "checkpoint")
 
 
 class Clock:

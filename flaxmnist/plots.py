@@ -1,14 +1,7 @@
-"""Pictures, each a function that returns a matplotlib figure: of data, runs, models, answers and sweeps.
+"""Pictures, each a function that returns a matplotlib figure: of data, runs, models, answers and sweeps."""
 
-Colours are told apart by the colour-blind and in grey: those of Okabe & Ito (2008), one scale that darkens evenly, and
-one from red over white to blue.
-"""
-
-import functools
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from flax import nnx
@@ -16,66 +9,32 @@ from jaxtyping import Float, Int, Num
 
 from flaxmnist import evaluation, models
 from flaxmnist.errors import UserError
+from flaxmnist.figures import (
+    AMOUNT,
+    COLOURS,
+    INK,
+    MARKERS,
+    MOST_TILES,
+    SIGN,
+    explain,
+    figure,
+    plot,
+    sheet,
+    short,
+    shown_of,
+    tiled,
+)
 from flaxmnist.layers import Images
 from flaxmnist.parts import Sweep
 from flaxmnist.results import Run
-from flaxmnist.statistics import summarise
+from flaxmnist.statistics import summarise, wilson
 from flaxmnist.trained import Reading
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-INK = "Greys"  # digits: dark on paper
-AMOUNT = "viridis_r"  # amounts: the more, the darker
-SIGN = "RdBu"  # red below zero, blue above
-
-DPI = 150  # pixels an inch
-MOST_TILES = 64  # pictures in one
-
-
-@functools.cache
-def picture_class() -> type["Figure"]:
-    """A figure that notebooks show as it is. Not by pyplot, so that nothing is shown or left behind elsewhere."""
-    from matplotlib.figure import Figure
-
-    class Picture(Figure):
-        def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-            # In its own size of 96 pixels an inch, sharp where a screen has more.
-            width, height = (round(96 * inches) for inches in self.get_size_inches())
-            return png(self), {"width": width, "height": height}
-
-    return Picture
-
-
-def figure(width: float = 7, height: float = 4.5) -> "Figure":
-    """An empty figure, its sides in inches."""
-    return picture_class()(figsize=(width, height), layout="constrained")
-
-
-def plot(width: float = 7, height: float = 4.5) -> tuple["Figure", "Axes"]:
-    """An empty figure and its axes."""
-    drawn = figure(width, height)
-    axes = drawn.add_subplot()
-    axes.set_prop_cycle(color=COLOURS)
-    return drawn, axes
-
-
-def png(drawn: "Figure") -> bytes:
-    """The picture as a PNG file."""
-    file = io.BytesIO()
-    drawn.savefig(file, format="png", dpi=DPI)
-    return file.getvalue()
-
-
-def save(drawn: "Figure", path: Path) -> None:
-    """Writes the picture to ``path`` as PNG. Raises UserError where that cannot be."""
-    try:
-        path.write_bytes(png(drawn))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another file") from None
-
+# Classes of a confusion matrix whose counts can be read.
+MOST_NUMBERED = 30
 
 # --- Data -----------------------------------------------------------------------------------------------------------
 
@@ -140,24 +99,27 @@ def batch_costs(run: Run) -> "Figure":
 
     Raises UserError where fewer than two were.
     """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
     drawn, axes = plot()
     step, cost = columns(run, "train", "step", "loss")
     if len(step) < 2:
         raise UserError("one batch is no curve: record more of them, with a smaller train.log_every")
     epoch, batch = np.divmod(step, run.epoch_length)
-    count = int(epoch.max()) + 1
-    colours = colour_map(AMOUNT)(np.linspace(0.15, 1, count)) if count > 1 else [COLOURS[0]]
-    few = max(np.bincount(epoch.astype(int))) < 30
-    for number in range(count):
-        mine = epoch == number
-        axes.plot(batch[mine], cost[mine], color=colours[number], linewidth=0.8, marker="." if few else None)
+    epochs, sizes = np.unique(epoch, return_counts=True)
+    count = len(epochs)
+    colours = colormaps[AMOUNT](np.linspace(0.15, 1, count)) if count > 1 else [COLOURS[0]]
+    marker = "." if max(sizes) < 30 else None
+    for number, colour in zip(epochs, colours, strict=True):
+        axes.plot(batch[epoch == number], cost[epoch == number], "-", color=colour, linewidth=0.8, marker=marker)
     if count > 1:
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import BoundaryNorm, ListedColormap
-
-        bounds = BoundaryNorm(np.arange(count + 1) + 0.5, count)
+        bounds = BoundaryNorm([*(epochs + 0.5), epochs[-1] + 1.5], count)
         bar = drawn.colorbar(ScalarMappable(bounds, ListedColormap(colours)), ax=axes, label="epoch")
-        bar.set_ticks(np.unique(np.linspace(1, count, min(count, 8)).astype(int)).tolist())
+        bar.set_ticks(
+            [float(epochs[place]) + 1 for place in np.unique(np.linspace(0, count - 1, min(count, 8)).astype(int))]
+        )
         bar.minorticks_off()
     if cost.min() > 0 and cost.max() / cost.min() > 10:
         axes.set_yscale("log")
@@ -173,17 +135,19 @@ def history(runs: Run | Mapping[str, Run]) -> "Figure":
     above, below = drawn.subplots(2, sharex=True)
     for number, (name, run) in enumerate(several.items()):
         colour = COLOURS[number % len(COLOURS)]
-        colours = (colour, colour) if name else COLOURS[:2]
-        for split, style, marker, shade in (("training", "-", ".", colours[0]), ("validation", "--", "s", colours[1])):
-            epoch, loss, accuracy = training(run) if split == "training" else evaluations(run)
-            label = f"{name}, {split}".removeprefix(", ")
-            style = {"linestyle": style, "color": shade, "label": label, "markersize": 5}
-            style["marker"] = marker if len(epoch) < 40 else None
+        marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
+        shown = {"training": (training(run), "-", colour), "validation": (evaluations(run), "--", colour)}
+        if not name:
+            shown["validation"] = (evaluations(run), "--", COLOURS[1])
+        for split, ((epoch, loss, accuracy), style, shade) in shown.items():
+            told = f"{short(name)}, {split}" if name else split
+            common = {"linestyle": style, "color": shade, "label": told, "marker": marker, "markersize": 4}
+            common["markevery"] = max(1, len(epoch) // 20)
             if len(epoch):
-                above.plot(epoch, loss, **style)
-                below.plot(epoch, 100 * accuracy, **style)
-    for axes, label in ((above, "cost (nats an image)"), (below, "accuracy (%)")):
-        axes.set_ylabel(label)
+                above.plot(epoch, loss, **common)
+                below.plot(epoch, 100 * accuracy, **common)
+    for axes, measured in ((above, "cost (nats an image)"), (below, "accuracy (%)")):
+        axes.set_ylabel(measured)
         axes.grid(alpha=0.3)
     below.set_xlabel("epoch")
     drawn.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
@@ -213,19 +177,12 @@ def accuracies(runs: Mapping[str, Run]) -> "Figure":
         low, high = wilson(result["test_accuracy"], result["test_count"])
         axes.plot([100 * low, 100 * high], [place, place], color=COLOURS[0])
         axes.plot(100 * result["test_accuracy"], place, "o", color=COLOURS[0])
-    axes.set_yticks(range(len(finished)), list(finished))
+    axes.set_yticks(range(len(finished)), list(map(short, finished)))
     axes.set_ylim(len(finished) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("test accuracy (%), 95 % interval")
     axes.set_ylabel("run")
     return drawn
-
-
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a ``share`` seen in ``count`` independent cases (Wilson 1927)."""
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return middle - half, middle + half
 
 
 # --- Models ---------------------------------------------------------------------------------------------------------
@@ -243,7 +200,8 @@ def weights(model: nnx.Module, shape: tuple[int, int] = (28, 28)) -> "Figure":
     limit = float(abs(pictures).max()) or 1.0
     style = {"cmap": SIGN, "vmin": -limit, "vmax": limit}
     if isinstance(model, models.Softmax):
-        drawn, tiles = tiled(len(pictures), 5, 1.3)
+        drawn, tiles = tiled(len(pictures), min(len(pictures), 5), 1.3)
+        drawn.suptitle("evidence for (blue) and against (red) each class", fontsize=10)
         for number, axes in enumerate(tiles):
             axes.imshow(pictures[number], **style)
             axes.set_title(str(number))
@@ -255,13 +213,17 @@ def weights(model: nnx.Module, shape: tuple[int, int] = (28, 28)) -> "Figure":
         told = shown_of(count, len(pictures), "filters" if isinstance(model, models.CNN) else "units")
         axes.set_title(f"{told} of {pictures.shape[1]}×{pictures.shape[2]}", fontsize=10)
         tiles = [axes]
-    label = "weight (+ for, − against)" if isinstance(model, models.Softmax) else "weight"
-    drawn.colorbar(tiles[0].images[0], ax=tiles, label=label, shrink=0.8)
+    drawn.colorbar(tiles[0].images[0], ax=tiles, label="weight", shrink=0.8)
     return drawn
 
 
-def feature_maps(model: models.CNN, image: Num[np.ndarray, "h w 1"]) -> "Figure":
-    """What each convolution of a CNN makes of ``image``, after pooling and ReLU, a picture a feature."""
+def feature_maps(model: nnx.Module, image: Num[np.ndarray, "h w 1"]) -> "Figure":
+    """What each convolution of a CNN makes of ``image``, after pooling and ReLU, a picture a feature.
+
+    Raises UserError for another model.
+    """
+    if not isinstance(model, models.CNN):
+        raise UserError(f"{type(model).__name__} has no feature maps: give a CNN")
     layers = [np.asarray(maps[0]).transpose(2, 0, 1) for maps in model.feature_maps(image[None])]
     heights = [1.2, *(0.5 * -(-len(maps[:MOST_TILES]) // 16) + 0.3 for maps in layers)]
     drawn = figure(8, sum(heights))
@@ -278,21 +240,6 @@ def feature_maps(model: models.CNN, image: Num[np.ndarray, "h w 1"]) -> "Figure"
     return drawn
 
 
-def shown_of(count: int, total: int, what: str) -> str:
-    """How many are shown of how many there are."""
-    return f"{total} {what}" if count == total else f"the first {count} of {total} {what}"
-
-
-def sheet(pictures: Num[np.ndarray, "n h w"], across: int) -> Float[np.ndarray, "rows columns"]:
-    """Pictures in rows of so many ``across``, with a pixel of nothing between them."""
-    count, height, width = pictures.shape
-    down = -(-count // across)
-    tiles = np.full((down * across, height + 1, width + 1), np.nan)
-    tiles[:count, :-1, :-1] = pictures
-    tiles = tiles.reshape(down, across, height + 1, width + 1).swapaxes(1, 2)
-    return tiles.reshape(down * (height + 1), across * (width + 1))[:-1, :-1]
-
-
 # --- Answers --------------------------------------------------------------------------------------------------------
 
 
@@ -306,11 +253,13 @@ def confusion(counts: Int[np.ndarray, "classes classes"]) -> "Figure":
     # A hundredth must differ from nothing.
     shown = axes.imshow(100 * shares, cmap="Blues", norm=PowerNorm(0.4, 0, 100))
     size = min(9.0, 90 / classes)
-    for row, column in np.ndindex(*counts.shape):
+    # Smaller ones could not be read.
+    for row, column in np.ndindex(*counts.shape) if classes <= MOST_NUMBERED else ():
         colour = "white" if shares[row, column] > 0.3 else "black" if counts[row, column] else "darkgrey"
         axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=colour, fontsize=size)
-    axes.set_xticks(range(classes))
-    axes.set_yticks(range(classes))
+    places = range(0, classes, -(-classes // MOST_NUMBERED))
+    axes.set_xticks(places)
+    axes.set_yticks(places)
     axes.set_xlabel("answer")
     axes.set_ylabel("true class")
     drawn.colorbar(shown, label="share of the class (%)", ticks=[0, 0.1, 1, 5, 20, 50, 100], format="%g")
@@ -343,20 +292,17 @@ def calibration(
     """Accuracy against confidence, and how many answers were given with it (Guo et al. 2017)."""
     drawn = figure(5.5, 5.5)
     above, below = drawn.subplots(2, sharex=True, height_ratios=[3, 1])
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    places = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    counts = np.bincount(places, minlength=bins)
-    filled = np.flatnonzero(counts)
-    share = np.bincount(places, right, bins)[filled] / counts[filled]
-    low, high = np.array([wilson(*case) for case in zip(share, counts[filled], strict=True)]).T
-    mean = np.bincount(places, confidence, bins)[filled] / counts[filled]
+    seen = evaluation.reliability(probabilities, labels, bins)
+    counts, confidence, right = (sums[seen.answers > 0] for sums in seen)
+    mean, share = confidence / counts, right / counts
+    low, high = np.array([wilson(*case) for case in zip(share, counts, strict=True)]).T
     above.plot([0, 100], [0, 100], "--", color="grey", label="as right as confident")
     above.vlines(100 * mean, 100 * low, 100 * high, color=COLOURS[0])
     above.plot(100 * mean, 100 * share, "o-", color=COLOURS[0], label="answers, with 95 % intervals")
     above.set_ylabel("accuracy (%)")
-    above.set_title(f"expected calibration error {evaluation.calibration_error(probabilities, labels, bins):.2%}")
+    above.set_title(f"expected calibration error {seen.error():.2%}")
     above.legend(fontsize=8)
-    below.stairs(counts, np.linspace(0, 100, bins + 1), fill=True, color=COLOURS[0])
+    below.stairs(seen.answers, np.linspace(0, 100, bins + 1), fill=True, color=COLOURS[0])
     below.set_yscale("log")
     below.set_ylabel("answers")
     below.set_xlabel("confidence: the probability given to the answer (%)")
@@ -364,33 +310,17 @@ def calibration(
 
 
 def readings(read: Sequence[Reading]) -> "Figure":
-    """Image files as a model saw them, and the two likeliest classes of each."""
-    drawn, tiles = tiled(len(read), min(len(read), 6), 1.6, 2.0)
-    for each, axes in zip(read, tiles, strict=True):
+    """Image files as a model saw them, the first 64, and the two likeliest classes of each."""
+    shown = read[:MOST_TILES]
+    drawn, tiles = tiled(len(shown), min(len(shown), 6), 1.6, 2.0)
+    for each, axes in zip(shown, tiles, strict=True):
         axes.imshow(each.image[:, :, 0], cmap=INK)
-        first, second = np.argsort(-each.probabilities, kind="stable")[:2]
-        likely = ", ".join(f"{number}: {each.probabilities[number]:.3f}" for number in (first, second))
-        axes.set_title(f"{each.file.name}\n{likely}", fontsize=8)
+        likely = np.argsort(-each.probabilities, kind="stable")[:2]
+        told = ", ".join(f"{number}: {each.probabilities[number]:.3f}" for number in likely)
+        axes.set_title(f"{short(each.file.name, 20)}\n{told}", fontsize=8)
+    if len(shown) < len(read):
+        drawn.suptitle(shown_of(len(shown), len(read), "images"), fontsize=10)
     return drawn
-
-
-def tiled(count: int, across: int, width: float, height: float | None = None) -> tuple["Figure", list["Axes"]]:
-    """A figure of ``count`` pictures, so many across, each with its sides in inches, and their axes."""
-    rows = -(-count // across)
-    drawn = figure(across * width + 1, rows * (height or width) + 0.3)
-    tiles = list(np.atleast_1d(drawn.subplots(rows, across)).flat)
-    for axes in tiles[count:]:
-        axes.remove()
-    for axes in tiles[:count]:
-        axes.set_xticks([])
-        axes.set_yticks([])
-    return drawn, tiles[:count]
-
-
-def colour_map(name: str) -> Any:
-    import matplotlib
-
-    return matplotlib.colormaps[name]
 
 
 # --- Sweeps ---------------------------------------------------------------------------------------------------------
@@ -403,7 +333,7 @@ def by_setting(sweep: Sweep) -> dict[str, list[int]]:
     settings: dict[str, list[int]] = {}
     for number, line in enumerate(sweep.members):
         words = ", ".join(f"{field.rpartition('.')[2]} {line['fields'][field]}" for field in varied)
-        name = f"{line['experiment']}: {words}" if several and words else words or line["experiment"]
+        name = short(f"{line['experiment']}: {words}" if several and words else words or line["experiment"], 60)
         settings.setdefault(name, [])
         if line["failed"] is None:
             settings[name].append(number)
@@ -427,12 +357,18 @@ def curves(sweep: Sweep) -> "Figure":
         axes.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_xlabel("step")
     axes.set_ylabel(f"{'validation' if validated else 'training'} accuracy (%), mean ± std")
-    axes.legend(fontsize=8)
+    explain(drawn, axes)
     return drawn
 
 
 def against(sweep: Sweep, field: str) -> "Figure":
-    """Accuracy of each member, and their means, against the values of a numeric ``field``."""
+    """Accuracy of each member against the values of a numeric ``field``, and means where several have one value.
+
+    Raises UserError where ``field`` was not swept.
+    """
+    over = sweep.result["over"]
+    if field not in over:
+        raise UserError(f"{field} was not swept: give one of {', '.join(over)}")
     drawn, axes = plot()
     split = sweep.groups[0]["split"]
     lines = [line for line in sweep.members if line["failed"] is None]
@@ -440,18 +376,21 @@ def against(sweep: Sweep, field: str) -> "Figure":
         mine = [line for line in lines if line["experiment"] == experiment]
         x = np.array([line["fields"][field] for line in mine])
         y = 100 * np.array([line[f"{split}_accuracy"] for line in mine])
-        values = np.unique(x)
-        (line,) = axes.plot(values, [y[x == value].mean() for value in values], label=f"{experiment}, mean of seeds")
-        axes.scatter(x, y, s=12, alpha=0.4, linewidth=0, color=line.get_color())
-    positive = [value for value in sweep.result["over"][field] if value > 0]
-    if len(positive) == len(sweep.result["over"][field]) and max(positive) / min(positive) >= 10:
-        axes.set_xscale("log")
-    if len(sweep.result["over"][field]) <= 10:
-        axes.set_xticks(sweep.result["over"][field], [f"{value:g}" for value in sweep.result["over"][field]])
+        values, counts = np.unique(x, return_counts=True)
+        means = [y[x == value].mean() for value in values]
+        together = len(counts) > 0 and min(counts) > 1
+        (line,) = axes.plot(values, means if together else np.full(len(values), np.nan), label=short(experiment))
+        axes.scatter(x, y, s=12, alpha=0.4 if together else 1, linewidth=0, color=line.get_color())
+    sizes = np.unique(np.abs(over[field]))
+    sizes = sizes[sizes > 0]
+    if len(sizes) and sizes[-1] / sizes[0] >= 10:
+        axes.set_xscale("symlog", linthresh=sizes[0])
+    if len(over[field]) <= 10:
+        axes.set_xticks(over[field], [f"{value:g}" for value in over[field]])
         axes.minorticks_off()
     axes.set_xlabel(field)
-    axes.set_ylabel(f"{split} accuracy (%)")
-    axes.legend(fontsize=8)
+    axes.set_ylabel(f"{split} accuracy (%), a point a run")
+    explain(drawn, axes)
     return drawn
 
 
@@ -469,5 +408,5 @@ def distribution(sweep: Sweep) -> "Figure":
         range(1, len(rows) + 1), [f"{name} (n = {len(row)})" for name, row in zip(settings, rows, strict=True)]
     )
     axes.invert_yaxis()
-    axes.set_xlabel(f"{split} accuracy (%)")
+    axes.set_xlabel(f"{split} accuracy (%), a point a run")
     return drawn

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from flaxmnist import evaluation, fields, folders, inspection, parts, plots, results, trained
+from flaxmnist import evaluation, fields, figures, folders, inspection, parts, plots, results, trained
 from flaxmnist.data import Dataset, Split
 from flaxmnist.errors import UserError
 from flaxmnist.evaluation import Evaluation
@@ -42,27 +42,32 @@ def write(workdirs: Sequence[Path], out: Path | None = None, data_dir: Path | No
     """Writes ``report.html``, and each picture into ``plots/``; returns their paths.
 
     They go to ``out``, by default the folder of the run or sweep or, of several runs, the one that all lie in. Raises
-    UserError where a folder is neither, where sweeps are to be compared, and where data or ``out`` cannot be had.
+    UserError where a folder is neither or damaged, where sweeps are to be compared, and where data or ``out`` cannot be
+    had.
     """
-    swept = [folder for folder in workdirs if (folder / "sweep.json").exists()]
+    swept = [folder for folder in workdirs if os.path.exists(folder / "sweep.json")]
     if swept and len(workdirs) > 1:
         raise UserError(f"{swept[0]} is a sweep: give it alone, or runs to compare")
     if swept:
-        return write_sweep(parts.load_sweep(swept[0]), out or swept[0])
+        with folders.as_saved(swept[0]):
+            return write_sweep(parts.load_sweep(swept[0]), swept[0], out)
     if len(workdirs) == 1:
         folder = workdirs[0]
         run = results.load_run(folder)
         return save(folder.resolve().name, of_run(folder, run, data_dir), out or folder)
-    common = Path(os.path.commonpath([folder.resolve().parent for folder in workdirs]))
+    homes = {folder.resolve().parent for folder in workdirs}
+    if out is None and len(homes) > 1:
+        raise UserError("the runs lie in several folders: give --out, where to write")
+    common = Path(os.path.commonpath(homes))
     runs = {str(folder.resolve().relative_to(common)): results.load_run(folder) for folder in workdirs}
     if len(runs) < len(workdirs):
         raise UserError("a run is given twice: give each once")
     return save(f"{len(runs)} runs", of_runs(runs), out or common)
 
 
-def write_sweep(sweep: Sweep, out: Path) -> tuple[Path, list[Path]]:
-    """``write`` of a sweep."""
-    return save(out.resolve().name, [Section("Results", parts.report(sweep), of_sweep(sweep))], out)
+def write_sweep(sweep: Sweep, folder: Path, out: Path | None = None) -> tuple[Path, list[Path]]:
+    """``write`` of a sweep in ``folder``."""
+    return save(folder.resolve().name, [Section("Results", parts.report(sweep), of_sweep(sweep))], out or folder)
 
 
 # --- What a report holds --------------------------------------------------------------------------------------------
@@ -95,6 +100,8 @@ def of_training(run: Run) -> Iterator[Picture]:
 
 def of_answers(split: Split, probabilities: Float[np.ndarray, "n classes"], seen: Evaluation) -> Iterator[Picture]:
     yield Picture("confusion", "Images by true class and answer.", plots.confusion(seen.confusion))
+    if not np.isfinite(probabilities).all():
+        return  # a model that diverged is neither confident nor worst anywhere
     if seen.accuracy < 1:
         yield Picture(
             "mistakes",
@@ -118,8 +125,8 @@ def of_model(run: Run, data: Dataset) -> Iterator[Picture]:
     means = means if isinstance(run.model, Softmax) else "blue above zero, red below"
     yield Picture("weights", f"Weights of the first layer: {means}.", drawn)
     if isinstance(run.model, CNN):
-        caption = "What the convolutions make of the first test image, after pooling and ReLU."
-        yield Picture("feature_maps", caption, plots.feature_maps(run.model, data.test.images[0]))
+        caption = "What the convolutions make of the first training image, after pooling and ReLU."
+        yield Picture("feature_maps", caption, plots.feature_maps(run.model, data.train.images[0]))
 
 
 def of_data(data: Dataset) -> Iterator[Picture]:
@@ -164,6 +171,8 @@ def of_sweep(sweep: Sweep) -> Iterator[Picture]:
 def facts(run: Run) -> list[tuple[str, str]]:
     """What there is to know of a run, a line each."""
     result, steps = run.result, int(run.state.step)
+    shown = ("python", "jax", "flax", "optax")
+    versions = [(name, version) for name, version in result.get("versions", {}).items() if name in shown]
     rows = [("experiment", run.config.name), ("seed", str(run.config.seed))]
     if result:
         rows += [
@@ -174,10 +183,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
             ("parameters", f"{result['params']:,}"),
             ("seconds", ", ".join(f"{name} {spent:.1f}" for name, spent in result["seconds"].items())),
             ("devices", f"{result['devices']} {result['device_kind']}, by {result['backend']}"),
-            (
-                "versions",
-                ", ".join(f"{name} {result['versions'][name]}" for name in ("python", "jax", "flax", "optax")),
-            ),
+            ("versions", ", ".join(f"{name} {version}" for name, version in versions)),
         ]
     else:
         rows += [("steps", f"{steps:,} of {run.config.train.length:,}: not finished")]
@@ -224,19 +230,25 @@ h2 {{ margin-top: 3rem; border-bottom: 1px solid #ccc; break-after: avoid; }}
 def save(title: str, sections: Iterable[Section], out: Path) -> tuple[Path, list[Path]]:
     """Writes the page and its pictures to ``out``. Raises UserError where that cannot be."""
     page, body, files = out / "report.html", [], []
-    try:
-        (out / "plots").mkdir(parents=True, exist_ok=True)
-        for section in sections:
-            body.append(f"<h2>{html.escape(section.title)}</h2>")
-            if section.text:
-                body.append(f"<pre>{html.escape(section.text)}</pre>")
-            for name, caption, drawn in section.pictures:
-                content, told = plots.png(drawn), html.escape(caption)
-                files.append(out / "plots" / f"{name}.png")
-                files[-1].write_bytes(content)
-                source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-                body.append(f'<figure><img alt="{told}" src="{source}"><figcaption>{told}</figcaption></figure>')
-        page.write_text(PAGE.format(title=html.escape(title), body="\n".join(body)), encoding="utf-8")
-    except OSError as error:
-        raise folders.unwritable(out, error) from None
+    for section in sections:
+        body.append(f"<h2>{html.escape(section.title)}</h2>")
+        if section.text:
+            body.append(f"<pre>{html.escape(section.text)}</pre>")
+        for name, caption, drawn in section.pictures:
+            content, told = figures.png(drawn), html.escape(caption)
+            files.append(out / "plots" / f"{name}.png")
+            write_bytes(files[-1], content)
+            source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+            body.append(f'<figure><img alt="{told}" src="{source}"><figcaption>{told}</figcaption></figure>')
+    text = PAGE.format(title=html.escape(title), body="\n".join(body))
+    write_bytes(page, text.encode(errors="replace"))
     return page, files
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, and the folder it lies in. Raises UserError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another --out") from None

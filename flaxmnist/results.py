@@ -2,8 +2,9 @@
 
 import hashlib
 import resource
+import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,17 @@ from jax.sharding import Mesh
 from flaxmnist import folders, inspection
 from flaxmnist.config import Config
 from flaxmnist.evaluation import Evaluation
-from flaxmnist.logs import Clock, read_records
+from flaxmnist.logs import SECONDS, Clock, read_records
 from flaxmnist.state import TrainState
 from flaxmnist.trained import Trained, load
-
-# What the seconds of a run are told apart by.
-SECONDS = ("import", "data", "compile", "train", "evaluate", "checkpoint")
 
 
 @dataclass(frozen=True)
 class Run(Trained):
     """A run and what it told; its model has averaged weights where the config has such."""
 
-    history: list[dict[str, Any]]  # the records of metrics.jsonl
-    result: dict[str, Any]  # what result.json holds; empty while the run is not finished
+    history: list[dict[str, Any]] = field(repr=False)  # the records of metrics.jsonl
+    result: dict[str, Any] = field(repr=False)  # what result.json holds; empty unless the run ended with this state
 
 
 def load_run(workdir: str | Path, which: str = "latest") -> Run:
@@ -36,7 +34,9 @@ def load_run(workdir: str | Path, which: str = "latest") -> Run:
     Needs the run folder alone. Raises UserError where it holds no such checkpoint, and where its files are damaged.
     """
     folder, trained = Path(workdir), load(workdir, which)
-    result = folders.read_json(folder / "result.json") if (folder / "result.json").exists() else {}
+    result = folders.read_result(folder) if (folder / "result.json").exists() else {}
+    if result and result["steps"] != trained.state.step:
+        result = {}
     return Run(trained.config, trained.state, trained.data, read_records(folder / "metrics.jsonl"), result)
 
 
@@ -79,21 +79,27 @@ def summary(run: Run, workdir: Path, data_dir: Path | None) -> str:
     """How the run ended, where its time went, what it trained, where it lies, and what to try next."""
     result = run.result
     accuracy = f"{result['test_accuracy']:.4f} of {result['test_count']} images"
-    where = "" if data_dir is None else f" --data-dir {data_dir}"
+    there, where = shlex.quote(str(workdir)), "" if data_dir is None else f" --data-dir {shlex.quote(str(data_dir))}"
     return "\n".join(
         [
             f"test accuracy {accuracy}, loss {result['test_loss']:.4f}, after {result['steps']} steps",
             "",
             time_table(result["seconds"]),
             "",
-            inspection.parameter_table(run.state.params),
+            shortened(inspection.parameter_table(run.state.params)),
             "",
             f"run folder {workdir}",
-            f"next: python launch/evaluate.py {workdir}{where}",
-            f"      python launch/report.py {workdir}{where}",
-            f"      python launch/predict.py {workdir} IMAGE.png",
+            f"next: python launch/evaluate.py {there}{where}",
+            f"      python launch/report.py {there}{where}",
+            f"      python launch/predict.py {there} IMAGE.png",
         ]
     )
+
+
+def shortened(text: str) -> str:
+    """``text`` without its middle, where it has over 30 lines."""
+    lines = text.splitlines()
+    return text if len(lines) <= 30 else "\n".join([*lines[:15], "…", *lines[-14:]])
 
 
 def time_table(seconds: dict[str, float]) -> str:

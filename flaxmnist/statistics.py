@@ -26,6 +26,13 @@ def interval(x: np.ndarray) -> list[float]:
     return [float(x.mean() - half), float(x.mean() + half)]
 
 
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a ``share`` seen in ``count`` independent cases (Wilson 1927)."""
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return middle - half, middle + half
+
+
 def compare(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, Any]:
     """Theirs less ours, paired by common seeds: n, mean, ci95 and the p-value of Student's paired t-test."""
     from scipy import stats

@@ -1,7 +1,7 @@
 """What a run folder knows, without the experiment file: its model, how well it does, what it reads."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ class Trained:
     """A checkpoint of a run, and what it was trained on."""
 
     config: Config
-    state: TrainState
-    data: dict[str, Any]  # name, source, shape, classes, sizes
+    state: TrainState = field(repr=False)
+    data: dict[str, Any] = field(repr=False)  # name, source, shape, classes, sizes
 
     @property
     def model(self) -> nnx.Module:
@@ -80,7 +80,10 @@ def data_of(trained: str | Path, config: Config, about: dict[str, Any], data_dir
     """
     data = load_data(replace(config.data, name=about["name"]), data_dir)
     if (data.source, data.classes) != (about["source"], about["classes"]):
-        raise UserError(f"{trained} was trained on {about['source']}, but here are {data.source}: give its --data-dir")
+        raise UserError(
+            f"{trained} was trained on {about['source']} with {about['classes']} classes, but here are {data.source} "
+            f"with {data.classes}: give its --data-dir"
+        )
     return data
 
 

@@ -1,5 +1,6 @@
 """Evaluates a run, a sweep or an export: python launch/evaluate.py WORKDIR|FILE [--step latest|best|N] [--split …]"""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ class Arguments:
 def evaluate(arguments: Arguments) -> None:
     """Prints loss, accuracy and what became of each class; of a sweep, members and ensemble."""
     program.keep_programs()
-    swept = (arguments.workdir / "sweep.json").exists()
+    swept = os.path.exists(arguments.workdir / "sweep.json")
     if swept != (arguments.ensemble is not None):
         raise UserError(
             f"{arguments.workdir} is {'' if swept else 'not '}the folder of a sweep: "

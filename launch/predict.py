@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from flaxmnist import inspection, plots, program, trained
+from flaxmnist import figures, inspection, plots, program, trained
 from flaxmnist.errors import exit_code
 
 
@@ -24,13 +24,13 @@ def predict(arguments: Arguments) -> None:
     """Prints each image as the model saw it, and the probabilities of the classes beside it."""
     program.keep_programs()
     readings = trained.read_files(arguments.workdir, arguments.images, arguments.step)
+    if arguments.plot is not None:
+        figures.save(plots.readings(readings), arguments.plot)
     for file, image, answer, probabilities in readings:
         if arguments.json:
             print(json.dumps({"file": str(file), "class": answer, "probabilities": probabilities.tolist()}))
         else:
             print(inspection.answer(str(file), image, probabilities), end="\n\n")
-    if arguments.plot is not None:
-        plots.save(plots.readings(readings), arguments.plot)
 
 
 def main(argv: list[str]) -> int:

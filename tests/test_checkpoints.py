@@ -120,6 +120,16 @@ def test_records_are_written_anew_as_the_checkpoint_has_them(damage, finished, c
     assert_as_whole(resumed(copy, few), copy, whole)
 
 
+@pytest.mark.parametrize(
+    "damage", [b"1\n", b'{"step": 1, "epoch": 0}\n', b'{"step": -1, "epoch": 0, "split": "train"}\n', b'{"step": 1']
+)
+def test_a_line_that_is_no_record_is_named(damage, copy):
+    with (copy / "metrics.jsonl").open("ab") as file:
+        file.write(damage)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
+        fm.load_run(copy)
+
+
 @pytest.mark.parametrize("damage", [b"", b"[1, 2", b"{}", b'{"config": null, "data": null}', None], ids=str)
 def test_a_damaged_config_is_taken_from_the_checkpoint(damage, copy, few, whole, caplog):
     path = copy / "config.json"
@@ -131,9 +141,16 @@ def test_a_damaged_config_is_taken_from_the_checkpoint(damage, copy, few, whole,
     assert json.loads(path.read_text())["config"] == before["config"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"[]", b"{"], ids=str)
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{", "seconds", "test_count"], ids=str)
 def test_a_damaged_result_is_found_again(damage, copy, few, whole):
-    (copy / "result.json").write_bytes(damage)
+    """Also where it lacks a field."""
+    path = copy / "result.json"
+    if isinstance(damage, str):
+        known = json.loads((whole[0] / "result.json").read_text())
+        damage = json.dumps({name: value for name, value in known.items() if name != damage}).encode()
+    path.write_bytes(damage)
+    with pytest.raises(UserError, match=r"result\.json"):
+        fm.load_run(copy)
     assert_as_whole(resumed(copy, few), copy, whole)
     assert json.loads((copy / "result.json").read_text())["params_sha256"] == whole[1].result["params_sha256"]
 

@@ -15,7 +15,7 @@ from test_runs import stop_at
 
 import flaxmnist as fm
 from flaxmnist import archive, events, folders
-from flaxmnist.errors import Stopped
+from flaxmnist.errors import Stopped, UserError
 
 CONFIG = small(checkpoint_every=5, evaluate_every=5, keep=10)
 
@@ -135,6 +135,23 @@ def test_a_killed_run_has_each_event_once(cut, few, whole, tmp_path):
     fit(few, tmp_path / "again", resume=True)
     assert_as_whole(tmp_path / "again", whole)
     assert len(list((tmp_path / "again/tensorboard").iterdir())) == 3
+
+
+def test_what_a_damaged_file_lost_is_told_anew(few, whole, tmp_path):
+    """One bit, in the middle: TensorBoard reads no further in that file."""
+    killed(whole, tmp_path / "run", 15)
+    (file,) = (tmp_path / "run/tensorboard").iterdir()
+    content = bytearray(file.read_bytes())
+    content[content.index(b"train/loss", 5000) + 3] ^= 1
+    file.write_bytes(content)
+    fit(few, tmp_path / "run", resume=True)
+    assert scalars(tmp_path / "run") == recorded(whole)
+
+
+def test_a_file_in_place_of_the_folder_is_refused_at_once(few, tmp_path):
+    (tmp_path / "tensorboard").touch()
+    with pytest.raises(UserError, match="cannot write to"):
+        fit(few, tmp_path, overwrite=False, resume=True)
 
 
 def test_a_run_that_begins_anew_takes_all_back(few, whole, tmp_path):

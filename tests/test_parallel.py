@@ -98,7 +98,7 @@ def test_a_run_goes_on_with_another_number_of_devices(before, after, few, tmp_pa
 
 
 @pytest.mark.parametrize(("devices", "parts"), [(2, 2), slow(8, 4)])
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("model", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_split_parameters_train_as_whole_ones(model, devices, parts, digits, on_one_device, tmp_path):
     run = fm.fit(one_epoch(model), digits, tmp_path, devices=devices, model_parallel=parts)
     assert_close(run, on_one_device(one_epoch(model)), 1e-4)

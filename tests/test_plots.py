@@ -9,7 +9,7 @@ from conftest import small
 from flax import nnx
 
 import flaxmnist as fm
-from flaxmnist import models, plots
+from flaxmnist import figures, models, plots
 from flaxmnist.errors import UserError
 from flaxmnist.parts import Sweep
 
@@ -143,6 +143,35 @@ def test_calibration_has_accuracy_over_confidence():
     np.testing.assert_allclose(above.get_lines()[1].get_xydata(), [[70, 60], [95, 100]])
     assert "error 8.57%" in above.get_title()
     assert below.patches[0].get_data().values.tolist() == [0] * 6 + [10, 0, 0, 4]
+
+
+def test_any_name_may_stand_in_a_picture(run):
+    """Neither mathematics, nor too long, nor hidden from the legend as matplotlib hides what begins with _."""
+    names = ["a$^^$", "_hidden", "x" * 300, "日本語"]
+    picture = plots.history(dict.fromkeys(names, run))
+    assert figures.png(picture).startswith(b"\x89PNG")
+    (legend,) = picture.legends
+    assert len(legend.get_texts()) == 2 * len(names)
+    assert all(len(text.get_text()) < 60 for text in legend.get_texts())
+
+
+def test_runs_beyond_the_colours_differ_in_their_marks(run):
+    lines = plots.history({str(number): run for number in range(30)}).axes[0].get_lines()
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+    assert len(looks) == len(lines) == 60
+
+
+def test_what_a_picture_cannot_be_of_is_said(few, run):
+    with pytest.raises(UserError, match="Softmax has no feature maps: give a CNN"):
+        plots.feature_maps(run.model, few.test.images[0])
+    swept = Sweep({"experiments": ["e"], "members": [], "over": {"optimizer.b1": [0.8]}, "groups": [{}]}, {})
+    with pytest.raises(UserError, match=r"typo was not swept: give one of optimizer\.b1"):
+        plots.against(swept, "typo")
+
+
+def test_counts_too_small_to_read_are_left_out():
+    axes = plots.confusion(np.ones((100, 100), int)).axes[0]
+    assert not axes.texts and len(axes.get_xticks()) == 25
 
 
 def test_examples_are_a_row_a_class(few):

@@ -1,7 +1,9 @@
 """Digits that a person draws or prints are read, and shown as the model saw them."""
 
+import io
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from scipy.interpolate import make_interp_spline
 import flaxmnist as fm
 from flaxmnist import inspection
 from flaxmnist.digits import read_digit
+from flaxmnist.errors import exit_code
 
 # The way of a pen through each digit: strokes of points (x, y), from the left and from the top, in percent.
 WAYS = [
@@ -109,5 +112,13 @@ def test_predict_shows_what_it_saw(digits, few, tmp_path, capsys):
     assert main("predict")([*command, "--json"]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert f"own/a.png: {answers[0]['class']}\n" in shown
-    assert main("predict")([*command, "--plot", str(tmp_path / "nowhere/seen.png")]) == 2
-    assert "give another file" in capsys.readouterr().err
+    for path, told in {"nowhere/seen.png": "give another file", "seen.jpg": "pictures are PNG files"}.items():
+        assert main("predict")([*command, "--plot", str(tmp_path / path)]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_a_terminal_that_knows_ascii_alone_is_written_to(monkeypatch):
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding="ascii"))
+    assert exit_code(lambda: print("│░▪ 7")) == 0
+    assert file.getvalue() == b"??? 7\n"

@@ -8,12 +8,13 @@ import subprocess
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import main, small
 from PIL import Image
 
 import flaxmnist as fm
-from flaxmnist import reports, sweeps
+from flaxmnist import evaluation, reports, sweeps
 from flaxmnist.errors import Stopped, UserError
 
 # Those of a CNN, in the order of the page.
@@ -90,6 +91,11 @@ def test_a_sweep(few, digits, tmp_path):
     page, pictures = reports.write([tmp_path])
     assert [path.stem for path in pictures] == ["curves", "distribution", "optimizer.learning_rate"]
     assert "small optimizer.learning_rate=0.1" in page.read_text()
+    whole = json.loads((tmp_path / "result.json").read_text())
+    for name in ("members", "groups", "over", "experiments"):
+        (tmp_path / "result.json").write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+        with pytest.raises(UserError, match="does not hold what was saved there"):
+            reports.write([tmp_path])
     (tmp_path / "result.json").unlink()
     with pytest.raises(UserError, match="is not finished: go on with the sweep"):
         reports.write([tmp_path])
@@ -109,13 +115,31 @@ def test_what_the_caller_can_mend(copy, monkeypatch):
     with pytest.raises(UserError, match="a run is given twice"):
         reports.write([copy / "cnn", copy / "cnn"])
     (copy / "file").touch()
-    with pytest.raises(UserError, match="cannot write to"):
+    with pytest.raises(UserError, match=r"cannot write .*: Not a directory; give another --out"):
         reports.write([copy / "softmax"], copy / "file")
+    shutil.copytree(copy / "cnn", copy / "elsewhere/cnn")
+    with pytest.raises(UserError, match="the runs lie in several folders: give --out"):
+        reports.write([copy / "softmax", copy / "elsewhere/cnn"])
+    assert not (copy / "report.html").exists()
     config = json.loads((copy / "softmax/config.json").read_text())
     config["data"]["source"] = "elsewhere"
     (copy / "softmax/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="was trained on elsewhere"):
         reports.write([copy / "softmax"])
+
+
+def test_a_result_of_another_checkpoint_is_not_told(digits, tmp_path):
+    """The newest one is damaged: what is shown is all of the one before."""
+    fm.fit(small(steps=4, checkpoint_every=2), digits, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints/4")
+    facts = dict(reports.facts(fm.load_run(tmp_path)))
+    assert facts["steps"] == "2 of 4: not finished" and "test accuracy" not in facts
+
+
+def test_a_model_that_diverged_is_shown_as_far_as_it_can_be(runs, digits):
+    nowhere = np.full((360, 10), np.nan)
+    seen = evaluation.score(nowhere, digits.test.labels)
+    assert [picture.name for picture in reports.of_answers(digits.test, nowhere, seen)] == ["confusion"]
 
 
 CHECK = """<script>

@@ -196,7 +196,7 @@ def test_pictures(count, tmp_path):
 # --- Run folders ----------------------------------------------------------------------------------------------------
 
 
-@cases(25)
+@cases(15)
 def test_run_folders(count, few, tmp_path):
     """Any file of a run damaged or replaced: it is loaded and gone on with, or refused."""
     config = small(steps=4, checkpoint_every=2)
@@ -226,7 +226,7 @@ def test_run_folders(count, few, tmp_path):
     try_all(count, case, check)
 
 
-@cases(25)
+@cases(15)
 def test_sweep_folders(count, few, tmp_path):
     from flaxmnist import ensembles, sweeps
 

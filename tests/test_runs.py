@@ -242,7 +242,7 @@ def test_a_run_is_not_evaluated_on_other_data(few, digits, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["data"]["source"] = "elsewhere"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="was trained on elsewhere, but here are scikit-learn"):
+    with pytest.raises(UserError, match="was trained on elsewhere with 10 classes, but here are scikit-learn"):
         trained.evaluate_run(tmp_path)
 
 

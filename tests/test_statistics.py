@@ -36,5 +36,5 @@ def test_a_comparison_pairs_the_seeds():
 def test_calibration_error_by_hand():
     """Two answers at 0.9, one right: off by 0.4; two at 0.6, both right: off by 0.4."""
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
-    assert evaluation.calibration_error(probabilities, np.array([0, 1, 1, 1], np.int32)) == pytest.approx(0.4)
-    assert evaluation.calibration_error(np.eye(3), np.arange(3, dtype=np.int32)) == 0
+    assert evaluation.reliability(probabilities, np.array([0, 1, 1, 1], np.int32)).error() == pytest.approx(0.4)
+    assert evaluation.reliability(np.eye(3), np.arange(3, dtype=np.int32)).error() == 0

@@ -216,7 +216,8 @@ def test_a_stopped_sweep_goes_on_to_the_same_results(alone, few, tmp_path, monke
     assert run("cut", resume=True).members == whole.members, "nothing is trained again"
 
 
-@pytest.mark.parametrize("alone", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [True, False])
 def test_members_at_work_go_on_from_where_they_were(alone, few, tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "trains_alone", lambda config, share_order: alone)
     config = small("mlp", optimizer=Adam(), steps=9, evaluate_every=3, skip_nonfinite=1)
