@@ -143,6 +143,7 @@ def history(runs: Run | Mapping[str, Run]) -> "Figure":
             told = f"{short(name)}, {split}" if name else split
             common = {"linestyle": style, "color": shade, "label": told, "marker": marker, "markersize": 4}
             common["markevery"] = max(1, len(epoch) // 20)
+            common["markerfacecolor"] = shade if split == "training" else "white"
             if len(epoch):
                 above.plot(epoch, loss, **common)
                 below.plot(epoch, 100 * accuracy, **common)
