@@ -176,7 +176,7 @@ def accuracies(runs: Mapping[str, Run]) -> "Figure":
     drawn, axes = plot(7, 1.2 + 0.35 * len(finished))
     for place, result in enumerate(finished.values()):
         low, high = wilson(result["test_accuracy"], result["test_count"])
-        axes.plot([100 * low, 100 * high], [place, place], color=COLOURS[0])
+        axes.hlines(place, 100 * low, 100 * high, color=COLOURS[0])
         axes.plot(100 * result["test_accuracy"], place, "o", color=COLOURS[0])
     axes.set_yticks(range(len(finished)), list(map(short, finished)))
     axes.set_ylim(len(finished) - 0.5, -0.5)
