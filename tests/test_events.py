@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ def whole(few, tmp_path_factory) -> Path:
 
 def reader(folder) -> EventAccumulator:
     """What TensorBoard finds, all of it."""
+    # It warns of every file that takes back steps of the one before.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
     return found.Reload()
 
