@@ -79,7 +79,7 @@ def test_train_ends_with_where_time_went_and_what_was_trained(trained):
     assert parameters[-1] == ["all", f"{result['params']:,}", f"{4 * result['params']:,}"]
 
 
-def test_evaluate(trained):
+def test_evaluate(trained, capsys):
     _, folder = trained
     result = json.loads((folder / "result.json").read_text())
     evaluated = launch("evaluate", folder)
@@ -87,8 +87,8 @@ def test_evaluate(trained):
     assert evaluated.stderr == ""
     assert f"accuracy {result['test_accuracy']:.4f}" in evaluated.stdout
     assert "360 images" in evaluated.stdout
-    best = launch("evaluate", folder, "--step", "best", "--split", "validation")
-    assert "180 images" in best.stdout
+    assert main("evaluate")([str(folder), "--step", "best", "--split", "validation"]) == 0
+    assert "180 images" in capsys.readouterr().out
 
 
 def test_predict(trained, digits, tmp_path):
@@ -167,18 +167,20 @@ def test_what_a_gpu_needs_to_be_deterministic_changes_nothing_on_cpu(experiment,
     assert hashes[0] == hashes[1]
 
 
-def test_divergence_exits_with_3(experiment):
-    ended = launch("train", experiment, "--optimizer.learning-rate", "1e38", cwd=experiment.parent)
-    assert ended.returncode == 3
-    assert "the loss at step" in ended.stderr
-    assert "--optimizer.learning-rate" in ended.stderr
+def test_divergence_exits_with_3(experiment, tmp_path, capsys):
+    options = ["--devices", "1", "--workdir", str(tmp_path / "run"), "--optimizer.learning-rate", "1e38"]
+    assert main("train")([str(experiment), *options]) == 3
+    told = capsys.readouterr().err
+    assert "the loss at step" in told
+    assert "--optimizer.learning-rate" in told
 
 
-def test_too_low_an_accuracy_exits_with_4(experiment):
-    ended = launch("train", experiment, "--train.steps", "1", "--min-accuracy", "0.99", cwd=experiment.parent)
-    assert ended.returncode == 4
-    assert "under --min-accuracy 0.99" in ended.stderr
-    assert "test accuracy" in ended.stdout
+def test_too_low_an_accuracy_exits_with_4(experiment, tmp_path, capsys):
+    options = ["--devices", "1", "--workdir", str(tmp_path / "run"), "--train.steps", "1", "--min-accuracy", "0.99"]
+    assert main("train")([str(experiment), *options]) == 4
+    told = capsys.readouterr()
+    assert "under --min-accuracy 0.99" in told.err
+    assert "test accuracy" in told.out
 
 
 @pytest.mark.slow

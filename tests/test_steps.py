@@ -34,7 +34,7 @@ def run(config: Config, data, cuts: list[int], capacity: int) -> tuple[TrainStat
     return state, seen
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["softmax", "mlp", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_a_step_is_one_update_by_the_gradient_of_the_mean_loss(model, few):
     config = small(model, optimizer=SGD(learning_rate=0.5))
     state = steps.create_state(config, (28, 28), 10)

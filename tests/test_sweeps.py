@@ -188,7 +188,8 @@ def test_the_best_is_chosen_by_validation_images_and_none_without(few):
     assert without.result["comparisons"][0]["reference"] == "small optimizer.learning_rate=1e-05"
 
 
-@pytest.mark.parametrize("alone", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [True, False])
 def test_a_stopped_sweep_goes_on_to_the_same_results(alone, few, tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "trains_alone", lambda config, share_order: alone)
     config = small("mlp", steps=8, evaluate_every=4)
