@@ -84,7 +84,7 @@ def test_several_runs_are_compared(copy):
         assert re.search(rf"{name} +{result['test_accuracy']:.4g} +{result['test_loss']:.4g} ", told)
 
 
-def test_a_sweep(few, digits, tmp_path):
+def test_a_sweep(few, tmp_path):
     config = small(steps=3)
     settings = [{"optimizer.learning_rate": rate} for rate in (0.1, 1.0)]
     sweeps.run([(config, few)], range(2), settings, workdir=tmp_path, devices=2)
@@ -109,7 +109,7 @@ def test_names_are_text_and_not_html(runs, tmp_path):
     assert not re.search("<[bi]>", page.read_text())
 
 
-def test_what_the_caller_can_mend(copy, monkeypatch):
+def test_what_the_caller_can_mend(copy):
     with pytest.raises(UserError, match="nowhere is no run folder"):
         reports.write([copy / "nowhere"])
     with pytest.raises(UserError, match="a run is given twice"):
