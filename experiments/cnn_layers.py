@@ -1,4 +1,4 @@
-"""The convolutional network of TensorFlow's "A Guide to TF Layers": an estimator that goes on from its folder.
+"""The convolutional network of TensorFlow's "A Guide to TF Layers": an estimator that resumes from its folder.
 
     python launch/train.py experiments/cnn_layers.py --workdir runs/cnn_layers --resume
 

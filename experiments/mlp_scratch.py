@@ -1,4 +1,4 @@
-"""A dense network built from small parts, plain gradient descent, the last short batch of 96 kept.
+"""A dense network written from scratch, with plain gradient descent; the short last batch of 96 images is kept.
 
     python launch/train.py experiments/mlp_scratch.py
 

@@ -1,9 +1,9 @@
-"""Softmax regression from random weights, never shuffled, told by the epoch; two forms of the cost.
+"""Softmax regression from random weights, never shuffled, logged by epoch; two forms of the cost.
 
     python launch/train.py experiments/softmax_epochs.py
     python launch/train.py experiments/softmax_epochs.py --objective.form probabilities --objective.labels one_hot
 
-Published: 89.11 % with the cost from logits, 88.8 % with the cost written out. Here: 89.00 ± 0.26 % with either
+Published: 89.11 % with the cost from logits, 88.8 % with the cost as written. Here: 89.00 ± 0.26 % with either
 (mean ± std, seeds 0–9), 3 s on two cores of a Xeon with AVX-512.
 """
 

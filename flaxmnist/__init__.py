@@ -1,4 +1,4 @@
-"""MNIST in JAX and Flax: experiments to launch, parts to import."""
+"""MNIST in JAX and Flax: experiments to run from the command line, and a library to import."""
 
 from flaxmnist import plots as plots
 from flaxmnist.config import Config, load_experiment

@@ -1,4 +1,4 @@
-"""The folder of a run while it goes: going on from what lies there, saving, and what to do where that fails."""
+"""The folder of a run in progress: resume from it, save to it, and handle write errors."""
 
 import time
 from collections.abc import Callable
@@ -19,47 +19,47 @@ from flaxmnist.lock import Lock
 from flaxmnist.logs import Clock, Records, logger
 from flaxmnist.state import TrainState
 
-# Seconds until saving is tried again after it failed, while training goes on.
+# Seconds of training between a failed save and the next attempt.
 RETRY_SECONDS = 30.0
 
 
 class Archive:
-    """Records, events and checkpoints in the folder of a run. One process of several writes the former; all save."""
+    """Records, events and checkpoints of a run. With several processes all save, but only the first writes the rest."""
 
     def __init__(
-        self, folder: Path, lock: Lock, described: dict[str, Any], config: Config, state: TrainState, clock: Clock
+        self, folder: Path, lock: Lock, description: dict[str, Any], config: Config, state: TrainState, clock: Clock
     ):
-        """Goes on from the newest checkpoint that is whole, or from ``state``, which is that before the first step.
+        """Resume from the newest intact checkpoint, or start from ``state``, the initial one.
 
-        ``described`` is what ``config.json`` shall hold. Raises UserError where ``folder`` cannot be written to or has
-        more steps than ``config`` wants.
+        ``description`` is the content of ``config.json``. Raise UserError if ``folder`` is not writable or has more
+        steps than ``config``.
         """
-        self.folder, self.lock, self.described, self.clock = folder, lock, described, clock
-        self.state, text = state, b""
-        self.retry_at: float | None = None  # when to try to save again; None where the last time went well
-        kept = folder / "checkpoints"
-        last = hosts.on_first(lambda: folders.newest_step(folder, config))
+        self.folder, self.lock, self.description, self.clock = folder, lock, description, clock
+        self.state, records = state, b""
+        self.retry_at: float | None = None  # time of the next attempt to save; None if the last save succeeded
+        checkpoints = folder / "checkpoints"
+        last = hosts.on_first_process(lambda: folders.resume_step(folder, config))
         if last is not None:
-            saved = manifest.find(kept, str(last))
+            saved = manifest.find(checkpoints, str(last))
             assert saved is not None
-            self.state, text = restore(kept, last, state), saved.records
-            clock.resume(saved.about["seconds"])
-            logger.info("going on from the checkpoint at step %d", last)
-        self.checkpoints = Checkpoints(kept, config.train.keep, last)
+            self.state, records = restore(checkpoints, last, state), saved.records
+            clock.resume(saved.metadata["seconds"])
+            logger.info("resuming from the checkpoint at step %d", last)
+        self.checkpoints = Checkpoints(checkpoints, config.train.keep, last)
         try:
-            self.records = Records(folder / "metrics.jsonl" if hosts.is_first() else None, text)
-            self.events: events.Events | None = None
-            if hosts.is_first():
-                self.events = events.Events(folder / "tensorboard", self.records, last or 0, config)
+            self.records = Records(folder / "metrics.jsonl" if hosts.is_first_process() else None, records)
+            self.events: events.EventWriter | None = None
+            if hosts.is_first_process():
+                self.events = events.EventWriter(folder / "tensorboard", self.records, last or 0, config)
                 self.checkpoints.clear()
-                folders.begin(folder, described)
+                folders.begin_run(folder, description)
         except OSError as error:
-            raise folders.unwritable(folder, error) from None
+            raise folders.write_error(folder, error) from None
 
     def save(self, state: TrainState, accuracy: float | None) -> None:
-        """Saves in the background. ``accuracy`` is the validation accuracy, where this state has been evaluated.
+        """Save in the background. ``accuracy`` is the validation accuracy of ``state``, or None if not evaluated.
 
-        A failure is told, and the next call is heard after RETRY_SECONDS.
+        On failure, warn and ignore further calls for RETRY_SECONDS.
         """
         if self.retry_at is None or time.monotonic() > self.retry_at:
             self.retry_at = None
@@ -67,7 +67,7 @@ class Archive:
                 self.attempt(partial(self.save_to, self.checkpoints, state, accuracy))
 
     def watch(self) -> None:
-        """Writes new records, and tells where saving has failed in the meantime."""
+        """Write new records, and warn if saving in the background has failed."""
         if self.retry_at is None:
             self.attempt(self.checkpoints.check)
 
@@ -75,12 +75,12 @@ class Archive:
         return self.retry_at is not None and time.monotonic() > self.retry_at
 
     def last(self) -> int | None:
-        """The step of the newest checkpoint, once it is on the disk; None where there is none."""
+        """Wait for the checkpoint in progress, and return the step of the newest one, or None."""
         self.attempt(self.checkpoints.wait)
         return self.checkpoints.last
 
     def settle(self, state: TrainState, accuracy: float | None) -> None:
-        """Returns when records and ``state`` are on the disk; else keeps them elsewhere and raises UserError."""
+        """Save the records and ``state`` and wait; if that fails, save them elsewhere and raise UserError."""
 
         def save() -> None:
             self.write(self.checkpoints.wait)
@@ -88,17 +88,17 @@ class Archive:
                 self.write(partial(self.save_to, self.checkpoints, state, accuracy))
                 self.write(self.checkpoints.wait)
 
-        folders.persist(self.folder, save, partial(self.rescue, state, accuracy))
+        folders.save_or_rescue(self.folder, save, partial(self.rescue, state, accuracy))
 
-    def draw(self, step: int, split: str, seen: Evaluation, weights: Float[np.ndarray, "n h w"] | None) -> None:
-        """Pictures of what was ``seen`` on ``split`` after ``step`` updates, and of the model's first ``weights``."""
+    def draw(self, step: int, split: str, evaluation: Evaluation, weights: Float[np.ndarray, "n h w"] | None) -> None:
+        """Write pictures of the confusion matrix of ``split`` and of the ``weights`` of the first layer as events."""
         if self.events is not None:
-            self.events.draw(step, f"{split}/confusion", events.confusion_picture(seen.confusion))
+            self.events.draw(step, f"{split}/confusion", events.confusion_picture(evaluation.confusion))
             if weights is not None:
                 self.events.draw(step, "weights", events.mosaic(weights))
 
     def end(self) -> None:
-        """Writes what is new, and that the run is finished. Raises OSError."""
+        """Write the last records and events, and mark the run as finished. Raise OSError on failure."""
         if self.events is not None:
             self.events.end()
             self.write(lambda: None)
@@ -109,21 +109,21 @@ class Archive:
     # --- Writing ----------------------------------------------------------------------------------------------------
 
     def attempt(self, action: Callable[[], None]) -> None:
-        """Does what ``write`` does; a failure is told, and training goes on."""
+        """Call ``write``. On failure, warn, and schedule the next attempt."""
         try:
             self.write(action)
         except OSError as error:
             self.retry_at = time.monotonic() + RETRY_SECONDS
             reason = error.strerror or error
-            logger.warning("cannot save to %s (%s): tried again in %.0f s", self.folder, reason, RETRY_SECONDS)
+            logger.warning("cannot save to %s (%s): retrying in %.0f s", self.folder, reason, RETRY_SECONDS)
 
     def write(self, action: Callable[[], None]) -> None:
-        """Writes new records and events, and does ``action``. Raises OSError where either fails.
+        """Write new records and events, then call ``action``. Raise OSError on failure.
 
-        In one process of several it raises UserError, for the others wait for what this one cannot do.
+        With several processes an OSError becomes a UserError, because the others would wait for this one forever.
         """
         try:
-            if hosts.is_first():
+            if hosts.is_first_process():
                 self.lock.check()
             self.records.write()
             if self.events is not None:
@@ -135,14 +135,13 @@ class Archive:
             raise
 
     def save_to(self, checkpoints: Checkpoints, state: TrainState, accuracy: float | None) -> None:
-        """Begins to save in ``checkpoints``. Raises OSError."""
-        known = {"accuracy": accuracy, "seconds": dict(self.clock.seconds), "run": self.described}
-        checkpoints.save(state, known, bytes(self.records.text))
+        metadata = {"accuracy": accuracy, "seconds": dict(self.clock.seconds), "run": self.description}
+        checkpoints.save(state, metadata, bytes(self.records.text))
 
     def rescue(self, state: TrainState, accuracy: float | None, elsewhere: Path) -> str:
-        """Keeps the run in ``elsewhere``; returns how to go on. Raises OSError."""
+        """Save the run in ``elsewhere``, and return advice on how to continue. Raise OSError on failure."""
         checkpoints = Checkpoints(elsewhere / "checkpoints", keep=1)
         self.save_to(checkpoints, state, accuracy)
         checkpoints.wait()
-        folders.begin(elsewhere, self.described)
-        return f"step {int(state.step)} is kept in {elsewhere}, --workdir {elsewhere} --resume goes on from there"
+        folders.begin_run(elsewhere, self.description)
+        return f"step {int(state.step)} is saved in {elsewhere}; pass --workdir {elsewhere} --resume to continue"

@@ -1,7 +1,7 @@
-"""Random changes of the training images, on the device: shift, rotation, scale and elastic displacement.
+"""Random transformations of the training images, on the device: shift, rotation, scale and elastic displacement.
 
-All of them together say where in the image each pixel of the result comes from, and the image is read there once, so
-that one bilinear resampling is all the blur there is.
+All of them together determine the source of each pixel of the result, so that the image is blurred by only one bilinear
+resampling.
 """
 
 import math
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flaxmnist import config, fields
 
-# Correlation length of the elastic displacement, in pixels: the one Simard et al. found best for MNIST.
+# Correlation length of the elastic displacement, in pixels: the best one for MNIST according to Simard et al.
 SMOOTHNESS = 4.0
 
 
@@ -24,40 +24,37 @@ def augment(
     key: PRNGKeyArray,
     images: Float[Array, "b h w 1"],
     *,
-    first: int | Int[Array, ""] = 0,
+    offset: int | Int[Array, ""] = 0,
 ) -> Float[Array, "b h w 1"]:
-    """Returns ``images`` each changed at random within ``config``, with zeros where a result looks outside its image.
+    """Return ``images``, each transformed at random within the limits of ``config``; pixels from outside are 0.
 
-    An image's change depends on ``key`` and its position in the batch alone, so that it is the same however a batch is
-    spread over devices. Where this is called with a part of a batch, ``first`` is the position of that part's first
-    image. The fields of ``config`` may be traced; a part whose field is the number 0 is left out of the program.
+    Shift (pixels, each axis), rotation (degrees) and relative size (about the centre) are uniform within ± their field;
+    for the elastic displacement see ``elastic``. Fields may be traced; those equal to 0 add nothing to the program.
 
-    Shift (pixels, each axis), rotation (degrees) and relative size (about the middle) are uniform within ± their
-    field; the elastic displacement is that of Simard, Steinkraus & Platt (2003), see ``elastic``.
+    A transformation depends only on ``key`` and the image's index in the batch, so that it is the same for any number
+    of devices. For a shard of a batch, ``offset`` is the index of its first image.
     """
-    if all(fields.is_off(amount) for amount in (config.shift, config.rotate, config.scale, config.elastic)):
+    if all(fields.is_zero(amount) for amount in (config.shift, config.rotate, config.scale, config.elastic)):
         return images
     _, height, width, _ = images.shape
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(images.shape[0]))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, offset + jnp.arange(images.shape[0]))
     sources = jax.vmap(partial(draw_sources, config, shape=(height, width)))(keys)
     return jax.vmap(resample)(images, sources)
 
 
 def draw_sources(config: config.Augment, key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "2 h w"]:
-    """Returns where in an image of ``shape`` (height, width) each pixel of its change comes from: row and column."""
-    # A key each, so that turning one part on leaves what the others draw as it was.
+    """Draw the source (row, column) of each pixel, for an image of ``shape`` (height, width)."""
+    # One key per transformation, so that its random numbers do not depend on which others are on.
     keys = jax.random.split(key, 4)
 
-    def draw(key: PRNGKeyArray, amount: ArrayLike, count: tuple[int, ...] = ()) -> Float[Array, "..."]:
-        return (
-            jax.random.uniform(key, count, jnp.float32, -1, 1) * amount
-            if not fields.is_off(amount)
-            else jnp.zeros(count)
-        )
+    def draw(key: PRNGKeyArray, amount: ArrayLike, shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
+        if fields.is_zero(amount):
+            return jnp.zeros(shape)
+        return jax.random.uniform(key, shape, jnp.float32, -1, 1) * amount
 
     shift, rotate, scale = draw(keys[0], config.shift, (2,)), draw(keys[1], config.rotate), draw(keys[2], config.scale)
     sources = affine(shape, shift, rotate, scale)
-    if not fields.is_off(config.elastic):
+    if not fields.is_zero(config.elastic):
         sources += config.elastic * elastic(keys[3], shape)
     return sources
 
@@ -65,43 +62,43 @@ def draw_sources(config: config.Augment, key: PRNGKeyArray, shape: tuple[int, in
 def affine(
     shape: tuple[int, int], shift: Float[Array, "2"], rotate: ArrayLike, scale: ArrayLike
 ) -> Float[Array, "2 h w"]:
-    """Returns each pixel's source (row, column) for a turn and a change of size about the middle, then a shift.
+    """Return the source (row, column) of each pixel for a rotation and a scaling about the centre, then a shift.
 
-    ``shift`` is pixels down and to the right, ``rotate`` degrees anticlockwise, ``scale`` the growth as a fraction.
+    ``shift`` is in pixels down and to the right, ``rotate`` in degrees anticlockwise, ``scale`` the relative growth.
     """
-    middle = (jnp.array(shape) - 1) / 2
-    rows, columns = jnp.indices(shape) - (middle + shift).reshape(2, 1, 1)
+    centre = (jnp.array(shape) - 1) / 2
+    rows, columns = jnp.indices(shape) - (centre + shift).reshape(2, 1, 1)
     cosine, sine = jnp.cos(jnp.deg2rad(rotate)), jnp.sin(jnp.deg2rad(rotate))
-    # The inverse of the change, for it is asked where a pixel comes from.
-    turned = jnp.stack([cosine * rows + sine * columns, cosine * columns - sine * rows])
-    return turned / (1 + scale) + middle.reshape(2, 1, 1)
+    # The inverse of the transformation, because it maps a pixel to its source.
+    rotated = jnp.stack([cosine * rows + sine * columns, cosine * columns - sine * rows])
+    return rotated / (1 + scale) + centre.reshape(2, 1, 1)
 
 
 def elastic(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "2 h w"]:
-    """Returns a smooth random displacement (down, right) whose length is 1 pixel in the root mean square.
+    """Return a smooth random displacement (down, right) with a root mean square length of 1 pixel.
 
     Simard, Steinkraus & Platt, "Best practices for convolutional neural networks applied to visual document analysis"
-    (2003): uniform noise smoothed by a Gaussian of ``SMOOTHNESS`` pixels. Theirs is drawn at every pixel; here on a
-    grid ``SMOOTHNESS`` pixels wide, which takes a sixth of the random numbers and gives as smooth a field, and beyond
-    the edges too, which keeps it as strong there as in the middle.
+    (2003): uniform noise smoothed by a Gaussian of ``SMOOTHNESS`` pixels. Instead of at every pixel, noise is drawn on
+    a grid with a spacing of ``SMOOTHNESS`` pixels, which is as smooth and takes a sixth of the random numbers. The grid
+    extends beyond the edges, so that the displacement is as strong there as in the centre.
     """
     down, across = (smoothing(length) for length in shape)
-    count = (2, down.shape[1], across.shape[1])
-    # Of variance 1/2, for the two components share the mean square. Drawn flat: on CPU, random numbers of several axes
-    # took ten times as long to compile and three times as long to draw.
-    noise = jax.random.uniform(key, (math.prod(count),), jnp.float32, -(1.5**0.5), 1.5**0.5).reshape(count)
+    grid = (2, down.shape[1], across.shape[1])
+    # A variance of 1/2 for each of the two components. Drawn in one dimension: on CPU, random arrays of several
+    # dimensions took ten times as long to compile and three times as long to draw.
+    noise = jax.random.uniform(key, (math.prod(grid),), jnp.float32, -(1.5**0.5), 1.5**0.5).reshape(grid)
     return jnp.einsum("hk,ckl,wl->chw", down, noise, across)
 
 
 def smoothing(length: int) -> Float[Array, "length knots"]:
-    """Returns Gaussian weights from noise points to pixels, scaled so that the variance of the noise is kept."""
+    """Return Gaussian weights from grid points to pixels, scaled to preserve the variance of the noise."""
     knots = jnp.arange(-2 * SMOOTHNESS, length + 2 * SMOOTHNESS, SMOOTHNESS)
     weights = jnp.exp(-(((jnp.arange(length)[:, None] - knots[None, :]) / SMOOTHNESS) ** 2) / 2)
     return weights / jnp.linalg.norm(weights, axis=1, keepdims=True)
 
 
 def resample(image: Float[Array, "h w 1"], sources: Float[Array, "2 h w"]) -> Float[Array, "h w 1"]:
-    """Returns ``image`` read at ``sources`` (row, column), bilinear, with zeros outside."""
-    # For 256 images on two CPU cores this takes 0.5 ms, and in a loop 0.7 to 1.5; gathers of flat indices written by
-    # hand 0.6, and 0.3 to 1.7; products with triangular weights, which need no gather, 7 and 5.
+    """Return ``image`` interpolated bilinearly at ``sources`` (row, column), with zeros outside."""
+    # For 256 images on two CPU cores this takes 0.5 ms, and 0.7 to 1.5 ms in a loop. Alternatives: gathers by flat
+    # indices, 0.6 and 0.3 to 1.7 ms; products with triangular weights, without a gather, 7 and 5 ms.
     return map_coordinates(image[:, :, 0], list(sources), order=1, mode="constant")[:, :, None].astype(image.dtype)

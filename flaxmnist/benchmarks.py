@@ -1,7 +1,7 @@
-"""How fast an experiment trains and evaluates on this machine, and beside PyTorch.
+"""Training and evaluation speed of an experiment on this machine, optionally compared with PyTorch.
 
-Speeds are medians over rounds in which everything measured takes its turn, so that a machine that is slower for a
-while is slower for all. The training path is the one that ``fit`` uses.
+Speeds are medians over rounds. Each round times every trainer once, so that a machine that slows down for a while
+slows down all of them. Training uses the same compiled program as ``fit``.
 """
 
 import json
@@ -27,235 +27,233 @@ from flaxmnist.config import Config, load_experiment
 from flaxmnist.data import Dataset, load_data
 from flaxmnist.state import TrainState
 
-# Seconds that one timed stretch takes at least, and how many there are of each.
+# Target duration of one timing in seconds, and the number of timings.
 STRETCH_SECONDS = 0.5
 ROUNDS = 5
 
-# Sides of the matrices whose product stands for what the device can do at most.
+# Side of the square matrices whose product measures the peak rate of the device.
 MATRIX = 2048
 
 
 class Trainer:
-    """The training path of ``fit``, from the first step on."""
+    """The training path of ``fit``, starting at step 0."""
 
     def __init__(self, config: Config, data: Dataset, mesh: Mesh, backend: program.Backend = "jit"):
         parallel.check_batch(config.train.batch_size, mesh)
-        self.state, self.done = program.first_state(config, data, mesh), 0
-        train = program.place(data.train, mesh)
-        began = time.perf_counter()
+        self.state, self.step = program.initial_state(config, data, mesh), 0
+        train = program.put_split(data.train, mesh)
+        start = time.perf_counter()
         self.compiled = program.Program(config, self.state, train, mesh, backend)
-        self.compile_seconds = time.perf_counter() - began
+        self.compile_seconds = time.perf_counter() - start
 
     def run(self, count: int) -> None:
-        """Does ``count`` steps more."""
-        self.state = jax.block_until_ready(advance(self.compiled, self.state, self.done, count))
-        self.done += count
+        """Train for ``count`` more steps."""
+        self.state = jax.block_until_ready(advance(self.compiled, self.state, self.step, count))
+        self.step += count
 
 
-def advance(compiled: program.Program, state: TrainState, start: int, count: int) -> TrainState:
-    """``state``, which is at step ``start``, after ``count`` steps."""
-    for first in range(start, start + count, compiled.capacity):
-        state, _ = compiled(state, first, min(compiled.capacity, start + count - first))
+def advance(compiled: program.Program, state: TrainState, step: int, count: int) -> TrainState:
+    """Return ``state``, which is at ``step``, after ``count`` more steps."""
+    for first in range(step, step + count, compiled.capacity):
+        state, _ = compiled(state, first, min(compiled.capacity, step + count - first))
     return state
 
 
-def whole_run(config: Config, data: Dataset) -> tuple[float, float]:
-    """Seconds and test accuracy of a whole run.
+def full_run(config: Config, data: Dataset) -> tuple[float, float]:
+    """Return the training time in seconds and the test accuracy of a full run.
 
-    The seconds are those of all training work once everything is compiled: from arrays in the host's memory to trained
-    parameters, with the data's way to the device, initial values and batch order. Not with evaluation.
+    The time covers all training work after compilation, from arrays in host memory to trained parameters: transfer of
+    the data to the device, initial values, batch order and steps. It does not include evaluation.
     """
     mesh = parallel.make_mesh()
-    state = program.first_state(config, data, mesh)
-    compiled = program.Program(config, state, program.place(data.train, mesh), mesh)
-    began = time.perf_counter()
-    state = program.first_state(config, data, mesh)
-    compiled.train = program.place(data.train, mesh)
+    state = program.initial_state(config, data, mesh)
+    compiled = program.Program(config, state, program.put_split(data.train, mesh), mesh)
+    start = time.perf_counter()
+    state = program.initial_state(config, data, mesh)
+    compiled.train = program.put_split(data.train, mesh)
     state = jax.block_until_ready(advance(compiled, state, 0, config.train.length))
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     return seconds, evaluation.evaluate(state.model, *data.test).accuracy
 
 
-def whole_runs(config: Config, data: Dataset, count: int) -> dict[str, list[float]]:
-    """Seconds and test accuracies of ``count`` whole runs, with the seeds 0 to ``count`` − 1."""
-    config = order.resolve(config, len(data.train.labels))
-    seconds, accuracies = zip(*(whole_run(replace(config, seed=seed), data) for seed in range(count)), strict=True)
+def full_runs(config: Config, data: Dataset, count: int) -> dict[str, list[float]]:
+    """Return the training times in seconds and the test accuracies of full runs with the seeds 0 to ``count`` − 1."""
+    seconds, accuracies = zip(*(full_run(replace(config, seed=seed), data) for seed in range(count)), strict=True)
     return {"seconds": list(seconds), "test_accuracy": list(accuracies)}
 
 
-def seconds_of(work: Callable[[], Any]) -> float:
-    """Seconds that ``work`` takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def time_of(function: Callable[[], Any]) -> float:
+    """Return the seconds that one call of ``function`` takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
-def race(trainers: dict[str, Callable[[int], None]]) -> dict[str, list[float]]:
-    """Steps a second of each trainer in each round, after a warm-up that also finds how long a stretch must be."""
+def compare_speeds(trainers: dict[Any, Callable[[int], None]]) -> dict[Any, np.ndarray]:
+    """Return the steps per second of each trainer in each round.
+
+    A warm-up compiles, and finds the number of steps that take about STRETCH_SECONDS.
+    """
     counts = {}
     for name, train in trainers.items():
-        train(1)  # a first step may compile
-        count, seconds = 1, seconds_of(partial(train, 1))
+        train(1)  # the first step may compile
+        count, seconds = 1, time_of(partial(train, 1))
         while seconds < STRETCH_SECONDS / 4:
             count *= 2
-            seconds = seconds_of(partial(train, count))
+            seconds = time_of(partial(train, count))
         counts[name] = max(1, round(count * STRETCH_SECONDS / seconds))
-    speeds: dict[str, list[float]] = {name: [] for name in trainers}
-    for _ in range(ROUNDS):
+    speeds = {name: np.zeros(ROUNDS) for name in trainers}
+    for i in range(ROUNDS):
         for name, train in trainers.items():
-            speeds[name].append(counts[name] / seconds_of(partial(train, counts[name])))
+            speeds[name][i] = counts[name] / time_of(partial(train, counts[name]))
     return speeds
 
 
+def median(values: np.ndarray | list[float]) -> float:
+    return float(np.median(values))
+
+
 def measure(config: Config, data: Dataset, peers: dict[str, Callable[[int], None]]) -> dict[str, Any]:
-    """Speeds of one experiment, raced against ``peers``, and what they are of the speed of a matrix product."""
-    config = order.resolve(config, len(data.train.labels))
-    ours = Trainer(config, data, parallel.make_mesh())
-    speeds = race({"flaxmnist": ours.run} | peers)
-    rate = float(np.median(speeds["flaxmnist"]))
-    operations, best = inspection.step_cost(config, data).operations, peak()
+    """Return the speeds of an experiment, compared with ``peers`` and with the peak rate of the device."""
+    trainer = Trainer(config, data, parallel.make_mesh())
+    speeds = compare_speeds({"flaxmnist": trainer.run} | peers)
+    medians = {name: median(speed) for name, speed in speeds.items()}
+    rate = medians.pop("flaxmnist")
+    operations, peak = inspection.step_cost(config, data).operations, matrix_rate()
     result = {
         "name": config.name,
         "batch_size": config.train.batch_size,
         "steps": config.train.length,
         "steps_per_second": rate,
         "images_per_second": rate * config.train.batch_size,
-        "compile_seconds": ours.compile_seconds,
+        "compile_seconds": trainer.compile_seconds,
         "gflop_per_step": operations / 1e9,
         "gflops_per_second": rate * operations / 1e9,
-        "peak_gflops_per_second": best / 1e9,
-        "share_of_peak": rate * operations / best,
+        "peak_gflops_per_second": peak / 1e9,
+        "share_of_peak": rate * operations / peak,
         "evaluate_images_per_second": evaluation_speed(config, data),
         "peak_memory_bytes": results.peak_memory(),
         "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "versions": folders.versions(),
     }
     if peers:
-        # Round by round, against the mode that is the better one over all rounds.
-        better = max(peers, key=lambda name: float(np.median(speeds[name])))
-        result["peer_steps_per_second"] = {name: float(np.median(speeds[name])) for name in peers}
-        result["ratio_to_peer"] = float(np.median(np.divide(speeds["flaxmnist"], speeds[better])))
+        result["peer_steps_per_second"] = medians
+        # The median ratio over rounds, to the peer with the best median.
+        result["ratio_to_peer"] = median(speeds["flaxmnist"] / speeds[max(peers, key=medians.__getitem__)])
     return result
 
 
-def run(experiment: Path, data_dir: Path | None, beside: Literal["torch"] | None, runs: int) -> dict[str, Any]:
-    """Everything ``launch/benchmark.py`` says of the experiment file ``experiment``, of its peer, of ``runs`` runs."""
+def load(experiment: Path, data_dir: Path | None) -> tuple[Config, Dataset]:
+    """Return the config of an experiment file, with its length in steps, and its data."""
     config = load_experiment(experiment)
     data = load_data(config.data, data_dir)
-    with peer.trainers(experiment, data_dir) if beside else nullcontext({}) as peers:
-        result = measure(config, data, peers) | start_ups(experiment, data_dir)
-    return result | ({"runs": whole_runs(config, data, runs)} if runs else {})
+    return order.resolve_length(config, len(data.train.labels)), data
+
+
+def run(experiment: Path, data_dir: Path | None, framework: Literal["torch"] | None, runs: int) -> dict[str, Any]:
+    """Return all results for an experiment file: speeds, startup times and, if ``runs`` is not 0, full runs."""
+    config, data = load(experiment, data_dir)
+    with peer.trainers(experiment, data_dir) if framework else nullcontext({}) as peers:
+        result = measure(config, data, peers) | start_up_times(experiment, data_dir)
+    return result | ({"runs": full_runs(config, data, runs)} if runs else {})
+
+
+def format_results(header: str, cells: str, results: list[dict[str, Any]]) -> str:
+    """Return a table with a row per result. ``header`` is split at commas, the format strings ``cells`` at spaces."""
+    rows = [tuple(cell.format(**result) for cell in cells.split()) for result in results]
+    return inspection.format_table([tuple(header.split(", ")), *rows])
 
 
 def report(results: list[dict[str, Any]]) -> str:
-    """The results as two tables: speed, and what is spent before the first step is done."""
-    speeds: list[tuple[str, ...]] = [
-        ("experiment", "batch", "steps/s", "images/s", "GFLOP/s", "of peak", "evaluated/s", "× peer")
-    ]
-    beginnings: list[tuple[str, ...]] = [
-        ("seconds to the first step", "import", "data", "compile", "step", "all", "GFLOP a step", "peak memory")
-    ]
+    """Return the results as two tables: speeds, and the time until the first step is done."""
+    rows = []
     for result in results:
-        ratio, parts = result.get("ratio_to_peer"), result["start_up_seconds"]
-        speeds.append(
-            (
-                result["name"],
-                str(result["batch_size"]),
-                f"{result['steps_per_second']:,.1f}",
-                f"{result['images_per_second']:,.0f}",
-                f"{result['gflops_per_second']:,.1f}",
-                f"{result['share_of_peak']:.0%}",
-                f"{result['evaluate_images_per_second']:,.0f}",
-                "" if ratio is None else f"{ratio:.2f}",
-            )
-        )
-        seconds = (f"{parts[name]:.2f}" for name in ("import", "data", "compile", "train", "first_step"))
-        memory = inspection.megabytes(result["peak_memory_bytes"])
-        beginnings.append((result["name"], *seconds, f"{result['gflop_per_step']:.3g}", memory))
-    return f"{inspection.table(speeds)}\n\n{inspection.table(beginnings)}"
+        ratio, memory = result.get("ratio_to_peer"), inspection.megabytes(result["peak_memory_bytes"])
+        rows.append(result | {"ratio": "" if ratio is None else f"{ratio:.2f}", "memory": memory})
+    header = "experiment, batch, steps/s, images/s, GFLOP/s, of peak, evaluated/s, × peer"
+    cells = "{name} {batch_size} {steps_per_second:,.1f} {images_per_second:,.0f} {gflops_per_second:,.1f} "
+    cells += "{share_of_peak:.0%} {evaluate_images_per_second:,.0f} {ratio}"
+    speeds = format_results(header, cells, rows)
+    header = "seconds to the first step, import, data, compile, step, total, GFLOP/step, peak memory"
+    seconds = (f"{{start_up_seconds[{name}]:.2f}}" for name in ("import", "data", "compile", "train", "first_step"))
+    cells = " ".join(("{name}", *seconds, "{gflop_per_step:.3g} {memory}"))
+    return f"{speeds}\n\n{format_results(header, cells, rows)}"
 
 
 def runs_report(results: list[dict[str, Any]]) -> str:
-    """Whole runs as a table."""
-    rows: list[tuple[str, ...]] = [
-        ("experiment", "runs", "training s", "peer's s", "test accuracy", "least", "runs ≥ 99 %")
-    ]
+    """Return the full runs as a table."""
+    rows = [("experiment", "runs", "training s", "peer s", "test accuracy", "minimum", "runs ≥ 99 %")]
     for result in results:
         seconds, accuracies = (np.array(result["runs"][name]) for name in ("seconds", "test_accuracy"))
-        peers, freedom = result.get("peer_steps_per_second"), min(1, len(seconds) - 1)
+        peers, ddof = result.get("peer_steps_per_second"), min(1, len(seconds) - 1)
         rows.append(
             (
                 result["name"],
                 str(len(seconds)),
-                f"{seconds.mean():.3f} ± {seconds.std(ddof=freedom):.3f}",
+                f"{seconds.mean():.3f} ± {seconds.std(ddof=ddof):.3f}",
                 f"{result['steps'] / max(peers.values()):.3f}" if peers else "",
-                f"{accuracies.mean():.3%} ± {accuracies.std(ddof=freedom):.3%}",
+                f"{accuracies.mean():.3%} ± {accuracies.std(ddof=ddof):.3%}",
                 f"{accuracies.min():.2%}",
                 f"{np.mean(accuracies >= 0.99):.0%}",
             )
         )
-    return inspection.table(rows)
+    return inspection.format_table(rows)
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Draws images a second of each experiment, and of its peers, as bars into ``path``."""
-    speeds = [
-        {"flaxmnist": result["steps_per_second"], **result.get("peer_steps_per_second", {})} for result in results
-    ]
-    names = list(dict.fromkeys(name for each in speeds for name in each))
-    drawn, axes = figures.plot(1.5 + 1.4 * len(results), 4)
-    for number, name in enumerate(names):
-        heights = [result["batch_size"] * each.get(name, np.nan) for result, each in zip(results, speeds, strict=True)]
-        places = np.arange(len(results)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
-        bars = axes.bar(places, heights, 0.8 / len(names), label=name, color=figures.COLOURS[number])
+    """Write a bar chart of the images per second of each experiment and its peers to ``path``."""
+    speeds = [{"flaxmnist": item["steps_per_second"]} | item.get("peer_steps_per_second", {}) for item in results]
+    names = list(dict.fromkeys(name for speed in speeds for name in speed))
+    figure, axes = figures.plot(1.5 + 1.4 * len(results), 4)
+    for i, name in enumerate(names):
+        heights = [item["batch_size"] * speed.get(name, np.nan) for item, speed in zip(results, speeds, strict=True)]
+        positions = np.arange(len(results)) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
+        bars = axes.bar(positions, heights, 0.8 / len(names), label=name, color=figures.COLOURS[i])
         axes.bar_label(bars, fmt="{:,.0f}", fontsize=7)
     axes.set_xticks(range(len(results)), [result["name"] for result in results])
     axes.set_yscale("log")
-    axes.set_ylabel("training images a second")
+    axes.set_ylabel("training images per second")
     axes.set_title(results[0]["device"])
     axes.legend()
-    figures.save(drawn, path)
+    figures.save(figure, path)
 
 
-def peak() -> float:
-    """Operations a second of the product of two large float32 matrices on one device, the best of several."""
+def matrix_rate() -> float:
+    """Return the operations per second of the product of two large float32 matrices on one device: the best round."""
     matrix = jax.random.normal(jax.random.key(0), (MATRIX, MATRIX))
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(matrix, matrix))
-    return (
-        2 * MATRIX**3 / min(seconds_of(lambda: jax.block_until_ready(product(matrix, matrix))) for _ in range(ROUNDS))
-    )
+    return 2 * MATRIX**3 / min(time_of(lambda: jax.block_until_ready(product(matrix, matrix))) for _ in range(ROUNDS))
 
 
 def evaluation_speed(config: Config, data: Dataset) -> float:
-    """Test images a second, from arrays on the host to their logits there."""
+    """Return the test images per second, from images to logits, both in host memory."""
     model = steps.create_state(config, data.train.images.shape[1:3], data.classes).model
     evaluation.predict_logits(model, data.test.images)
-    seconds = [seconds_of(lambda: evaluation.predict_logits(model, data.test.images)) for _ in range(ROUNDS)]
-    return len(data.test.labels) / float(np.median(seconds))
+    seconds = [time_of(lambda: evaluation.predict_logits(model, data.test.images)) for _ in range(ROUNDS)]
+    return len(data.test.labels) / median(seconds)
 
 
-def start_ups(experiment: Path, data_dir: Path | None) -> dict[str, dict[str, float]]:
-    """``start_up`` with no program kept from earlier, and again with those kept, where the device has them kept."""
+def start_up_times(experiment: Path, data_dir: Path | None) -> dict[str, dict[str, float]]:
+    """Return the startup times with an empty compilation cache and, on accelerators, again with a warm one."""
     if jax.default_backend() == "cpu":
-        return {"start_up_seconds": start_up(experiment, data_dir, {})}
-    with tempfile.TemporaryDirectory() as kept:
-        environment = {"JAX_COMPILATION_CACHE_DIR": kept}
-        return {
-            name: start_up(experiment, data_dir, environment) for name in ("start_up_seconds", "warm_start_up_seconds")
-        }
+        return {"start_up_seconds": start_up_time(experiment, data_dir, {})}
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {"JAX_COMPILATION_CACHE_DIR": cache}
+        names = ("start_up_seconds", "warm_start_up_seconds")
+        return {name: start_up_time(experiment, data_dir, environment) for name in names}
 
 
-def start_up(experiment: Path, data_dir: Path | None, environment: dict[str, str]) -> dict[str, float]:
-    """Seconds from the start of ``launch/train.py`` to its first finished step, and what they went to."""
+def start_up_time(experiment: Path, data_dir: Path | None, environment: dict[str, str]) -> dict[str, float]:
+    """Return the seconds from the start of ``launch/train.py`` to the end of its first step, in total and by phase."""
     train = Path(__file__).parent.parent / "launch/train.py"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, train, experiment, "--train.steps", "1", "--workdir", folder, "--log-level", "error"]
         command += ["--data-dir", data_dir] if data_dir else []
-        began = time.perf_counter()
+        start = time.perf_counter()
         subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, env=os.environ | environment)
-        whole = time.perf_counter() - began
+        total = time.perf_counter() - start
         seconds = json.loads((Path(folder) / "result.json").read_text())["seconds"]
-    parts = {name: seconds[name] for name in ("import", "data", "compile", "train")}
-    # Evaluation, the checkpoint and the end of the process come after the first step.
-    return parts | {"first_step": sum(parts.values()), "whole_command": whole}
+    phases = {name: seconds[name] for name in ("import", "data", "compile", "train")}
+    # Evaluation, the checkpoint and the shutdown of the process come after the first step.
+    return phases | {"first_step": sum(phases.values()), "whole_command": total}

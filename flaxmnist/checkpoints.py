@@ -1,7 +1,7 @@
-"""Saving and restoring a run with orbax; nothing else in the package knows it.
+"""Saving and restoring of checkpoints with Orbax, which no other module uses.
 
-A checkpoint is one folder a step: the arrays of the ``TrainState``, the records up to there, and a manifest. It is
-whole once its name is there, for orbax writes beside it and renames; what happened to it since, the manifest tells.
+A checkpoint is a folder named after its step: the arrays of the ``TrainState``, the records so far, and a manifest.
+Orbax writes to a temporary folder and renames it when it is complete; the manifest reveals later damage.
 """
 
 import contextlib
@@ -27,56 +27,56 @@ ARRAYS = ("step", "params", "opt_state", "ema", "epoch")
 
 LIBC = ctypes.CDLL(None)
 
-# Orbax tells of each failure with a traceback, before it raises it.
+# Orbax logs a traceback of each failure before it raises it.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def restore(folder: Path, step: int, like: TrainState) -> TrainState:
-    """The state saved at ``step``, with the shapes, types and shardings of ``like``. Raises UserError."""
+    """Load the state at ``step`` with the shardings of ``like``. Raise UserError if shapes or types differ from it."""
     arrays = {name: getattr(like, name) for name in ARRAYS}
     try:
         with contextlib.closing(ocp.Checkpointer(ocp.StandardCheckpointHandler())) as checkpointer:
-            found = checkpointer.restore(folder.absolute() / str(step), args=ocp.args.StandardRestore(arrays))
-    except Exception as error:  # Orbax raises all kinds
+            restored = checkpointer.restore(folder.absolute() / str(step), args=ocp.args.StandardRestore(arrays))
+    except Exception as error:  # Orbax raises exceptions of all kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"checkpoint {folder / str(step)} is of another model: give the experiment it was saved of, or --overwrite "
-            f"to begin anew ({reason})"
+            f"checkpoint {folder / str(step)} belongs to another model: pass its experiment, or --overwrite to start "
+            f"from scratch ({reason})"
         ) from error
-    return TrainState(graphdef=like.graphdef, **found)
+    return TrainState(graphdef=like.graphdef, **restored)
 
 
 class Checkpoints:
-    """The checkpoints of a run that is going: the newest few, and the best by validation accuracy."""
+    """The checkpoints of a run in progress. Only the newest few and the best by validation accuracy are kept."""
 
     def __init__(self, folder: Path, keep: int, last: int | None = None):
-        """``keep`` is how many of the newest to keep, ``last`` the step of the newest that is whole."""
+        """Keep the ``keep`` newest checkpoints; ``last`` is the step of the newest intact one."""
         self.folder, self.keep, self.last = folder, keep, last
         self.checkpointer: ocp.AsyncCheckpointer | None = None
         self.saving: Saved | None = None
 
     def clear(self) -> None:
-        """Removes what a killed run left unfinished, and puts aside what is newer than ``last``, which is damaged."""
+        """Remove unfinished checkpoints of a killed run, and rename damaged ones, which are newer than ``last``."""
         for path in self.folder.glob("*"):
             if path.name.isdecimal() and (self.last is None or int(path.name) > self.last):
-                aside = path.with_name(f"{path.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                damaged = path.with_name(f"{path.name}.damaged")
+                shutil.rmtree(damaged, ignore_errors=True)
+                path.rename(damaged)
         self.remove_unfinished()
 
     def remove_unfinished(self) -> None:
         for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, state: TrainState, about: dict[str, Any], records: bytes) -> None:
-        """Begins to save in the background, once the one before is on the disk. Raises OSError."""
+    def save(self, state: TrainState, metadata: dict[str, Any], records: bytes) -> None:
+        """Wait for the previous checkpoint, then start to save in the background. Raise OSError on failure."""
         self.wait()
-        # A copy, since the training program takes over the buffers of the state itself.
+        # A copy, because the state is donated to the next call of the training program.
         arrays = {name: jax.tree.map(jnp.copy, getattr(state, name)) for name in ARRAYS}
-        self.saving = Saved(int(state.step), about, records)
+        self.saving = Saved(int(state.step), metadata, records)
         needed = len(records) + sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         try:
-            # Orbax would find out only in the middle, and leave tracebacks of its threads.
+            # Orbax would fail halfway and print tracebacks of its threads.
             if shutil.disk_usage(self.folder.parent).free < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self.checkpointer is None:
@@ -91,14 +91,14 @@ class Checkpoints:
             self.fail(error)
 
     def complete(self) -> None:
-        """Adds to what orbax has written, in its thread and before it gives the checkpoint its name."""
+        """Add the records and the manifest. Called in Orbax's thread, before it renames the finished checkpoint."""
         assert self.saving is not None
         (unfinished,) = self.folder.glob(f"{self.saving.step}.orbax-checkpoint-tmp*")
         (unfinished / manifest.RECORDS).write_bytes(self.saving.records)
-        manifest.write(unfinished, self.saving.about)
+        manifest.write(unfinished, self.saving.metadata)
 
     def check(self) -> None:
-        """Raises OSError where saving has failed in the meantime."""
+        """Raise OSError if saving in the background has failed."""
         if self.checkpointer is not None:
             try:
                 self.checkpointer.check_for_errors()
@@ -106,7 +106,7 @@ class Checkpoints:
                 self.fail(error)
 
     def wait(self) -> None:
-        """Returns when everything saved is on the disk, and what need not be kept removed. Raises OSError."""
+        """Wait until the checkpoint is on the disk, then remove those not to keep. Raise OSError on failure."""
         if self.checkpointer is None or self.saving is None:
             return
         try:
@@ -114,33 +114,33 @@ class Checkpoints:
         except Exception as error:
             self.fail(error)
         self.last, self.saving = self.saving.step, None
-        # What orbax's threads have freed, glibc keeps for them: 50 kB more with every checkpoint.
+        # Return memory freed by Orbax's threads to the system: glibc keeps 50 kB more with every checkpoint.
         if hasattr(LIBC, "malloc_trim"):
             LIBC.malloc_trim(0)
-        if hosts.is_first():
+        if hosts.is_first_process():
             with contextlib.suppress(UserError):
-                there = steps(self.folder)
-                for step in set(there) - {*there[: self.keep], best(self.folder, there)}:
+                saved_steps = steps(self.folder)
+                for step in set(saved_steps) - {*saved_steps[: self.keep], best(self.folder, saved_steps)}:
                     shutil.rmtree(self.folder / str(step), ignore_errors=True)
 
     def fail(self, error: Exception) -> NoReturn:
-        """Raises as OSError what orbax raised, and forgets the checkpointer, which is of no use afterwards."""
+        """Raise the OSError behind Orbax's ``error``, and discard the checkpointer, which is unusable after it."""
         self.checkpointer, self.saving = None, None
-        if hosts.is_first():
+        if hosts.is_first_process():
             self.remove_unfinished()
-        told = " ".join(str(error).split())
-        code = re.search(r"os_error_code='(\d+)'", told)
+        message = " ".join(str(error).split())
+        code = re.search(r"os_error_code='(\d+)'", message)
         if code:
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
         if isinstance(error, OSError) and not isinstance(error, TimeoutError):
             raise error
         if jax.process_count() > 1:
-            # No disk has failed, but the exchange with another process.
-            raise RuntimeError(told) from error
-        raise OSError(told[:300]) from error
+            # The disk is fine: communication with another process has failed.
+            raise RuntimeError(message) from error
+        raise OSError(message[:300]) from error
 
     def close(self) -> None:
-        """Waits for what is being saved; whether it could be no longer matters."""
+        """Wait for the checkpoint in progress, and ignore its failure."""
         with contextlib.suppress(OSError):
             self.wait()
         if self.checkpointer is not None:

@@ -1,4 +1,4 @@
-"""The members of a sweep that answer together: the mean of their probabilities."""
+"""Ensembles of trials of a sweep, which predict by the mean of their probabilities."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,76 +10,75 @@ from flax import nnx
 from flaxmnist import evaluation, fields, folders, inspection, statistics
 from flaxmnist.config import Config
 from flaxmnist.errors import UserError
-from flaxmnist.parts import load_members
-from flaxmnist.trained import data_of, split_of
+from flaxmnist.parts import load_trials
+from flaxmnist.trained import get_split, load_training_data
 
 
 @dataclass(frozen=True)
-class Answers:
-    """How right a set of answers is, and how right about that."""
+class Scores:
+    """Accuracy and calibration of predictions."""
 
-    accuracy: float  # share answered rightly
+    accuracy: float  # fraction of correct predictions
     calibration_error: float  # expected calibration error
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Members of one setting, alone and together."""
+    """Scores of each member, a trial of one setting, and of the ensemble."""
 
     setting: str
     count: int  # images
-    members: list[Answers]
-    together: Answers
+    members: list[Scores]
+    together: Scores
 
 
-def answers(probabilities: np.ndarray, labels: np.ndarray) -> Answers:
-    """What ``probabilities`` are worth against ``labels``."""
+def score(probabilities: np.ndarray, labels: np.ndarray) -> Scores:
     accuracy = float((probabilities.argmax(axis=1) == labels).mean())
-    return Answers(accuracy, evaluation.reliability(probabilities, labels).error())
+    return Scores(accuracy, evaluation.reliability(probabilities, labels).error())
 
 
 def evaluate(workdir: Path, size: int | None, split: str = "test", data_dir: Path | None = None) -> Ensemble:
-    """The first ``size`` members (None: all) of the best setting of the sweep in ``workdir``, by their seeds' order.
+    """Evaluate the first ``size`` trials (None: all), by seed, of the best setting of the sweep in ``workdir``.
 
-    Raises UserError where the sweep is not finished, chose no setting, or has fewer members.
+    Raise UserError if the sweep is not finished, has no best setting, or has fewer trials.
     """
-    with folders.as_saved(workdir):
-        setting, config, about, chosen = best_members(workdir)
-    if size is not None and not 1 <= size <= len(chosen):
-        raise UserError(f"{workdir} has {len(chosen)} members of its best setting: give --ensemble a number up to that")
-    images = split_of(workdir, data_of(workdir, config, about, data_dir), split)
-    each = [evaluation.predict(model, images.images)[1] for model in chosen[:size]]
-    together = answers(np.mean(each, axis=0), images.labels)
-    return Ensemble(setting, len(images.labels), [answers(one, images.labels) for one in each], together)
+    with folders.damage_as_user_error(workdir):
+        setting, config, data, trials = load_best_trials(workdir)
+    if size is not None and not 1 <= size <= len(trials):
+        raise UserError(f"{workdir} has {len(trials)} trials of its best setting: pass --ensemble a number up to that")
+    images = get_split(workdir, load_training_data(workdir, config, data, data_dir), split)
+    probabilities = [evaluation.predict(model, images.images)[1] for model in trials[:size]]
+    together = score(np.mean(probabilities, axis=0), images.labels)
+    return Ensemble(setting, len(images.labels), [score(p, images.labels) for p in probabilities], together)
 
 
-def best_members(workdir: Path) -> tuple[str, Config, dict[str, Any], list[nnx.Module]]:
-    """The best setting of the sweep in ``workdir`` in words, its config, what is noted of its data, and its models."""
-    result, about = folders.read_json(workdir / "result.json"), folders.read_json(workdir / "sweep.json")
+def load_best_trials(workdir: Path) -> tuple[str, Config, dict[str, Any], list[nnx.Module]]:
+    """Load the best setting of the sweep in ``workdir``: its title, config, description of the data, and models."""
+    result, described = folders.read_json(workdir / "result.json"), folders.read_json(workdir / "sweep.json")
     best = result["best"]
     if best is None:
         raise UserError(f"{workdir} has no best setting: an ensemble needs validation images, or a single setting")
-    chosen = [
+    models = [
         model
-        for line, model in load_members(workdir)
+        for line, model in load_trials(workdir)
         if (line["experiment"], line["fields"]) == (best["experiment"], best["fields"])
     ]
-    number = result["experiments"].index(best["experiment"])
-    config = fields.from_json(about["experiments"][number], Config)
-    return statistics.title(best), config, about["data"][number], chosen
+    index = result["experiments"].index(best["experiment"])
+    config = fields.from_json(described["experiments"][index], Config)
+    return statistics.title(best), config, described["data"][index], models
 
 
 def report(ensemble: Ensemble) -> str:
-    """The members and the ensemble as a table."""
+    """Return a table of the scores of the members and of the ensemble."""
     rows: list[tuple[str, ...]] = [(ensemble.setting, "accuracy", "calibration error")]
-    for name in ("mean", "std", "min", "max"):
-        cells = [
-            statistics.summarise([getattr(one, part) for one in ensemble.members])[name]
-            for part in ("accuracy", "calibration_error")
+    for statistic in ("mean", "std", "min", "max"):
+        values = [
+            statistics.summarise([getattr(member, name) for member in ensemble.members])[statistic]
+            for name in ("accuracy", "calibration_error")
         ]
-        rows.append((f"members, {name}", *("" if cell is None else f"{cell:.4f}" for cell in cells)))
+        rows.append((f"members, {statistic}", *("" if value is None else f"{value:.4f}" for value in values)))
     together = ensemble.together
     rows.append(
         (f"ensemble of {len(ensemble.members)}", f"{together.accuracy:.4f}", f"{together.calibration_error:.4f}")
     )
-    return f"{inspection.table(rows)}\n{ensemble.count} images"
+    return f"{inspection.format_table(rows)}\n{ensemble.count} images"

@@ -1,4 +1,4 @@
-"""The ways a command may end other than well, and the exit code of each."""
+"""Errors that end a command, and their exit codes."""
 
 import contextlib
 import io
@@ -8,57 +8,57 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """The caller can mend it: the message is one line that says what is wrong and how to mend it."""
+    """An error that the user can fix. The message is one line: what is wrong and how to fix it."""
 
     exit_code = 2
 
 
 class Diverged(ArithmeticError):
-    """Loss, gradient or weights are no longer finite; the last good checkpoint is kept."""
+    """Loss, gradient or weights are not finite; the last good checkpoint is kept."""
 
     exit_code = 3
 
 
 class BelowTarget(Exception):
-    """Training finished, but under the accuracy that was asked for."""
+    """Training finished below the required accuracy."""
 
     exit_code = 4
 
 
 class Stopped(BaseException):
-    """Told to stop before the end; ``--resume`` goes on. Like KeyboardInterrupt no error, that nobody mends it."""
+    """The run was stopped before its end; ``--resume`` continues it. Not an error, like KeyboardInterrupt."""
 
     exit_code = 75
 
 
-def tell(message: str) -> None:
-    """Says it on standard error, if that can be written to: it may be a file on a full disk."""
+def print_message(message: str) -> None:
+    """Print to standard error, if it can be written to: it may be a file on a full disk."""
     with contextlib.suppress(OSError):
         print(f"flaxmnist: {message}", file=sys.stderr, flush=True)
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Runs ``command`` and returns the exit code of how it ended, its message on standard error.
+    """Run ``command``, print the message of the error that ends it, and return the exit code.
 
-    Anything but the endings above, a keyboard's interrupt and a reader gone is a defect of ours, with its traceback.
+    Any other exception than those below is a bug and propagates with its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that does not know a character shows another.
+        # Replace characters that the terminal's encoding lacks.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         command()
         sys.stdout.flush()
-    except (UserError, Diverged, BelowTarget, Stopped) as ending:
-        tell(str(ending))
-        return ending.exit_code
+    except (UserError, Diverged, BelowTarget, Stopped) as error:
+        print_message(str(error))
+        return error.exit_code
     except KeyboardInterrupt:
-        tell("stopped")
+        print_message("stopped")
         return Stopped.exit_code
-    except SystemExit as ending:
-        # The argument parser has said what it had to say.
-        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    except SystemExit as error:
+        # The argument parser has printed its message.
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
     except BrokenPipeError:
-        # The reader of our output went away (`… | head`): nothing is left to tell it.
+        # The reader of standard output is gone (`… | head`); prevent a second error when Python flushes it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -1,7 +1,7 @@
-"""Empty figures, what lies in them side by side, and their way into a file.
+"""Empty matplotlib figures, tiles and legends, and saving as PNG.
 
-Colours are told apart by the colour-blind and in grey: those of Okabe & Ito (2008), one scale that darkens evenly, and
-one from red over white to blue.
+All colours can be distinguished by colour-blind readers and in greyscale: the palette of Okabe & Ito (2008), a colour
+map of evenly increasing darkness, and one from red through white to blue.
 """
 
 import functools
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 MARKERS = "osv^D"
-INK = "Greys"  # digits: dark on paper
-AMOUNT = "viridis_r"  # the more, the darker
-SIGN = "RdBu"  # red below zero, blue above
+IMAGE_CMAP = "Greys"  # digits: dark on white
+SEQUENTIAL_CMAP = "viridis_r"  # darker is larger
+DIVERGING_CMAP = "RdBu"  # red below zero, blue above
 
-DPI = 150  # pixels an inch
-MOST_TILES = 64  # pictures in one
+DPI = 150  # pixels per inch
+MAX_TILES = 64  # images in one figure
 
 
 @functools.cache
 def picture_class() -> type["Figure"]:
-    """A figure that notebooks show as it is. Not by pyplot, so that nothing is shown or left behind elsewhere."""
+    """Return a Figure class that notebooks display. It bypasses pyplot, which would keep every figure in memory."""
     from matplotlib.figure import Figure
 
     class Picture(Figure):
         def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-            # In its own size of 96 pixels an inch, sharp where a screen has more.
+            # Displayed at 96 pixels per inch, but sharp on high-resolution screens.
             width, height = (round(96 * inches) for inches in self.get_size_inches())
             return png(self), {"width": width, "height": height}
 
@@ -45,78 +45,78 @@ def picture_class() -> type["Figure"]:
 
 
 def figure(width: float = 7, height: float = 4.5) -> "Figure":
-    """An empty figure, its sides in inches."""
+    """Return an empty figure of a size in inches."""
     return picture_class()(figsize=(width, height), layout="constrained")
 
 
 def plot(width: float = 7, height: float = 4.5) -> tuple["Figure", "Axes"]:
-    """An empty figure and its axes."""
+    """Return a figure of a size in inches, and its empty axes."""
     from cycler import cycler
 
-    drawn = figure(width, height)
-    axes = drawn.add_subplot()
+    fig = figure(width, height)
+    axes = fig.add_subplot()
     axes.set_prop_cycle(cycler(linestyle=STYLES) * cycler(color=COLOURS))
-    return drawn, axes
+    return fig, axes
 
 
-def png(drawn: "Figure") -> bytes:
-    """The picture as a PNG file."""
+def png(fig: "Figure") -> bytes:
+    """Return the figure as the content of a PNG file."""
     file = io.BytesIO()
-    # What a name is made of may not be in the font.
+    # The font may lack characters of a run's name.
     with warnings.catch_warnings(action="ignore", category=UserWarning):
-        drawn.savefig(file, format="png", dpi=DPI)
+        fig.savefig(file, format="png", dpi=DPI)
     return file.getvalue()
 
 
-def short(name: str, most: int = 40) -> str:
-    """A name as it may stand in a picture: not too long, no mathematics, not hidden from legends."""
-    text = name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2) :]}"
+def shorten(name: str, max_length: int = 40) -> str:
+    """Return ``name`` as a label: short, without mathematics, and visible to legends, which skip a leading "_"."""
+    half = max_length // 2
+    text = name if len(name) <= max_length else f"{name[:half]}…{name[-half:]}"
     return f"{' ' if text.startswith('_') else ''}{text}".replace("$", r"\$")
 
 
-def save(drawn: "Figure", path: Path) -> None:
-    """Writes the picture to ``path``, a PNG file. Raises UserError where that cannot be."""
+def save(fig: "Figure", path: Path) -> None:
+    """Write the figure to the PNG file ``path``. Raise UserError if that fails."""
     if path.suffix.lower() != ".png":
-        raise UserError(f"pictures are PNG files: give {path.with_suffix('.png')} for {path}")
+        raise UserError(f"pictures are PNG files: use {path.with_suffix('.png')} instead of {path}")
     try:
-        path.write_bytes(png(drawn))
+        path.write_bytes(png(fig))
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another file") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; use another file") from None
 
 
-def tiled(count: int, across: int, width: float, height: float | None = None) -> tuple["Figure", list["Axes"]]:
-    """A figure of ``count`` pictures, so many across, each with its sides in inches, and their axes."""
-    rows = -(-count // across)
-    drawn = figure(across * width + 1, rows * (height or width) + 0.3)
-    tiles = list(np.atleast_1d(drawn.subplots(rows, across)).flat)
+def tile_axes(count: int, columns: int, width: float, height: float | None = None) -> tuple["Figure", list["Axes"]]:
+    """Return a figure with a grid of ``count`` axes without ticks, each of a size in inches, and the axes."""
+    rows = -(-count // columns)
+    fig = figure(columns * width + 1, rows * (height or width) + 0.3)
+    tiles = list(np.atleast_1d(fig.subplots(rows, columns)).flat)
     for axes in tiles[count:]:
         axes.remove()
     for axes in tiles[:count]:
-        axes.set_xticks([])
-        axes.set_yticks([])
-    return drawn, tiles[:count]
+        axes.set(xticks=[], yticks=[])
+    return fig, tiles[:count]
 
 
-def shown_of(count: int, total: int, what: str) -> str:
-    """How many are shown of how many there are."""
-    return f"{total} {what}" if count == total else f"the first {count} of {total} {what}"
+def count_shown(count: int, total: int, noun: str) -> str:
+    """Return "32 filters", or "the first 64 of 100 filters" if only some are shown."""
+    return f"{total} {noun}" if count == total else f"the first {count} of {total} {noun}"
 
 
-def sheet(pictures: Num[np.ndarray, "n h w"], across: int) -> Float[np.ndarray, "rows columns"]:
-    """Pictures in rows of so many ``across``, with a pixel of nothing between them."""
-    count, height, width = pictures.shape
-    down = -(-count // across)
-    tiles = np.full((down * across, height + 1, width + 1), np.nan)
-    tiles[:count, :-1, :-1] = pictures
-    tiles = tiles.reshape(down, across, height + 1, width + 1).swapaxes(1, 2)
-    return tiles.reshape(down * (height + 1), across * (width + 1))[:-1, :-1]
+def sheet(images: Num[np.ndarray, "n h w"], columns: int) -> Float[np.ndarray, "height width"]:
+    """Return one image with ``images`` in a grid, separated by one pixel of NaN."""
+    count, height, width = images.shape
+    rows = -(-count // columns)
+    tiles = np.full((rows * columns, height + 1, width + 1), np.nan)
+    tiles[:count, :-1, :-1] = images
+    tiles = tiles.reshape(rows, columns, height + 1, width + 1).swapaxes(1, 2)
+    return tiles.reshape(rows * (height + 1), columns * (width + 1))[:-1, :-1]
 
 
-def explain(drawn: "Figure", axes: "Axes") -> None:
-    """A legend: within the axes where it is short, else under them, in its own height."""
+def add_legend(fig: "Figure", axes: "Axes") -> None:
+    """Add a legend: inside the axes if it is short, else below them, in an enlarged figure."""
     handles, names = axes.get_legend_handles_labels()
     if len(names) <= 6:
         axes.legend(fontsize=8)
     else:
-        drawn.set_figheight(drawn.get_figheight() + 0.17 * -(-len(names) // 2))
-        drawn.legend(handles, names, loc="outside lower center", ncols=2, fontsize=7)
+        fig.set_figheight(fig.get_figheight() + 0.17 * -(-len(names) // 2))
+        fig.legend(handles, names, loc="outside lower center", ncols=2, fontsize=7)

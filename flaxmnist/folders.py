@@ -1,4 +1,4 @@
-"""The run folder: what lies in it, and whether a run may begin or go on there."""
+"""Run folders: read and check their files, and decide if a run may start or resume in one."""
 
 import contextlib
 import itertools
@@ -26,7 +26,7 @@ from flaxmnist.logs import SECONDS, logger, read_records, write_json
 CONTENTS = {"config.json", "metrics.jsonl", "checkpoints", "result.json", "tensorboard", "lock"}
 CONTENTS |= {"plots", "report.html", "export"}
 
-# What result.json holds.
+# The fields of result.json and their types.
 RESULT = {
     "experiment": str,
     "seed": int,
@@ -47,44 +47,44 @@ RESULT = {
     "versions": dict,
 }
 
-# Seconds between the last attempts to save, at the end.
+# Seconds to wait before each further attempt to save at the end of a run.
 LAST_RETRIES = (0.5, 2.0, 5.0)
 
-# What a resumed run may do otherwise than it began. The length of the run is among them.
-MAY_DIFFER = {"train.steps", "train.epochs", "train.keep", "train.report"} | {
+# Fields that may change when a run is resumed (its length may).
+MAY_CHANGE = {"train.steps", "train.epochs", "train.keep", "train.report"} | {
     f"train.{event}_every" for event in ("log", "evaluate", "checkpoint")
 }
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in ``path``. Raises UserError, naming the file, where there is none."""
+    """Load a JSON object. Raise UserError if ``path`` does not contain one."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path.parent} is no run folder: it has no {path.name}") from None
+        raise UserError(f"{path.parent} is not a run folder: {path.name} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object")
+        raise UserError(f"{path} is damaged: it is not a JSON object")
     return value
 
 
-def read_described(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` in ``folder`` holds or, where it is damaged or gone, the newest checkpoint knows of it."""
+def read_description(folder: Path) -> dict[str, Any]:
+    """Load ``config.json``, or the copy in the newest checkpoint if the file is damaged or missing."""
     try:
-        described = read_json(folder / "config.json")
-        check_described(folder / "config.json", described)
-        return described
+        description = read_json(folder / "config.json")
+        check_description(folder / "config.json", description)
+        return description
     except UserError as error:
         saved = manifest.newest(folder / "checkpoints")
         if saved is None:
             raise
-        logger.warning("%s: taken from the checkpoint at step %d", error, saved.step)
-        return saved.about["run"]
+        logger.warning("%s: using its copy in the checkpoint at step %d", error, saved.step)
+        return saved.metadata["run"]
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """What ``result.json`` in ``folder`` holds. Raises UserError where it is not what a run ends with."""
+    """Load ``result.json``. Raise UserError if it is damaged."""
     result = read_json(folder / "result.json")
     for name, kind in RESULT.items():
         fields.check_types(kind, result.get(name), f"{folder}/result.json is damaged: {name}")
@@ -96,49 +96,50 @@ def read_result(folder: Path) -> dict[str, Any]:
     return result
 
 
-def check_described(path: Path, described: dict[str, Any]) -> None:
-    """Raises UserError where ``described``, which ``path`` holds, does not say what was trained, and on what data."""
-    with as_saved(path.parent):
+def check_description(path: Path, description: dict[str, Any]) -> None:
+    """Raise UserError if ``description``, loaded from ``path``, lacks a valid config or description of the data."""
+    with damage_as_user_error(path):
         try:
-            fields.from_json(described["config"], Config)
+            fields.from_json(description["config"], Config)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        data = described["data"]
+        data = description["data"]
         height, width, classes = *data["shape"], data["classes"]
-        whole = all(type(size) is int and size > 0 for size in (height, width, classes, data["train"]))
-        if not (whole and all(type(data[name]) is str for name in ("name", "source"))):
-            raise UserError(f"{path} does not say what the data are")
+        valid = all(type(size) is int and size > 0 for size in (height, width, classes, data["train"]))
+        if not (valid and all(type(data[name]) is str for name in ("name", "source"))):
+            raise UserError(f"{path} is damaged: its description of the data is invalid")
 
 
-def newest_step(folder: Path, config: Config) -> int | None:
-    """The step that a run of ``config`` goes on from in ``folder``; None for the beginning. Raises UserError."""
+def resume_step(folder: Path, config: Config) -> int | None:
+    """Return the step to resume from, or None to start from scratch. Raise UserError if ``config`` ends before it."""
     saved = manifest.newest(folder / "checkpoints")
     if saved is not None:
-        check_longer(folder, saved.step, config)
+        check_length(folder, saved.step, config)
         return saved.step
     if manifest.steps(folder / "checkpoints"):
-        logger.warning("no checkpoint in %s is whole: the run begins anew", folder)
+        logger.warning("%s has no intact checkpoint: the run starts from scratch", folder)
     return None
 
 
-def unwritable(folder: Path, error: OSError) -> UserError:
-    """What to say where ``folder`` cannot be written to."""
-    return UserError(f"cannot write to {folder}: {error.strerror or error}; mend that, or give another --workdir")
+def write_error(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to {folder}: {error.strerror or error}; fix that, or use another --workdir")
 
 
 @contextlib.contextmanager
-def as_saved(folder: Path) -> Iterator[None]:
-    """Within the block, what the files of ``folder`` lack, or hold in place of what was saved, raises UserError."""
+def damage_as_user_error(path: Path) -> Iterator[None]:
+    """Raise UserError if the block fails because of missing or unexpected content in ``path``, a file or a folder."""
     try:
         yield
     except UserError:
         raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"a file of {folder} does not hold what was saved there: {error!r}") from error
+        raise UserError(f"{path} is damaged or incomplete: {error!r}") from error
 
 
-def describe(config: Config, data: Dataset, mesh: Mesh, backend: str, experiment: str | Path | None) -> dict[str, Any]:
-    """What ``config.json`` holds."""
+def describe_run(
+    config: Config, data: Dataset, mesh: Mesh, backend: str, experiment: str | Path | None
+) -> dict[str, Any]:
+    """Return the content of ``config.json``."""
     return {
         "config": fields.to_json(config),
         "experiment": None if experiment is None else str(experiment),
@@ -151,7 +152,6 @@ def describe(config: Config, data: Dataset, mesh: Mesh, backend: str, experiment
 
 
 def describe_devices(mesh: Mesh, backend: str) -> dict[str, Any]:
-    """What a run is on."""
     return {
         "count": mesh.size,
         "kind": mesh.devices.flat[0].device_kind,
@@ -162,30 +162,29 @@ def describe_devices(mesh: Mesh, backend: str) -> dict[str, Any]:
 
 
 def describe_data(data: Dataset) -> dict[str, Any]:
-    """What a run is trained on."""
     sizes = {name: 0 if split is None else len(split.labels) for name, split in data.splits().items()}
-    about = {"name": data.name, "source": data.source, "classes": data.classes}
-    return about | {"shape": list(data.train.images.shape[1:3])} | sizes
+    shape = list(data.train.images.shape[1:3])
+    return {"name": data.name, "source": data.source, "classes": data.classes, "shape": shape} | sizes
 
 
 def git_commit() -> str | None:
-    """The commit of this code; None where it lies in no repository, or git is not installed."""
+    """Return the commit of this code, or None if it is not in a repository or git is not installed."""
     command = ["git", "rev-parse", "HEAD"]
     try:
-        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        process = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return said.stdout.strip()
+    return process.stdout.strip()
 
 
 def versions() -> dict[str, str]:
-    """The versions a result depends on."""
+    """Return the versions that a result depends on."""
     packages = ("flaxmnist", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages}
 
 
-def fresh(name: str) -> Path:
-    """A new folder for a run: ``runs/NAME-YYYYMMDD-HHMMSS``, numbered where that is there already."""
+def fresh_folder(name: str) -> Path:
+    """Create and return ``runs/NAME-YYYYMMDD-HHMMSS``, with a number appended if that exists."""
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
         folder = Path("runs", stem if number == 1 else f"{stem}-{number}")
@@ -194,30 +193,30 @@ def fresh(name: str) -> Path:
             return folder
         except FileExistsError:
             if not Path("runs").is_dir():
-                raise UserError("runs is a file: give a --workdir") from None
+                raise UserError("runs is a file: pass --workdir") from None
         except OSError as error:
-            raise unwritable(folder, error) from None
-    raise AssertionError("there is always another number")
+            raise write_error(folder, error) from None
+    raise AssertionError("unreachable")
 
 
 def is_finished(
-    folder: Path, lock: Lock, described: dict[str, Any], resume: bool, overwrite: bool, allow_change: bool
+    folder: Path, lock: Lock, description: dict[str, Any], resume: bool, overwrite: bool, allow_change: bool
 ) -> bool:
-    """Whether the run that ``described`` tells of has been finished in ``folder``. With ``overwrite``, empties it.
+    """Take the ``lock``, and return True if ``folder`` contains this run, finished. With ``overwrite``, empty it.
 
-    Takes the ``lock``. Raises UserError where something lies there and neither ``resume`` nor ``overwrite`` is given,
-    where what lies there is no run, where another run is going, and where a resumed run differs from the one it would
-    go on from.
+    Raise UserError if the folder is not empty and neither ``resume`` nor ``overwrite`` is set, if it is not a run
+    folder, if another run holds the lock, or if the run to resume has another config or other data.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found = {path.name for path in folder.iterdir()}
-        if found and not (resume or overwrite):
+        names = {path.name for path in folder.iterdir()}
+        if names and not (resume or overwrite):
             raise UserError(
-                f"{folder} is not empty: give --resume to go on there, --overwrite to begin anew, or another --workdir"
+                f"{folder} is not empty: pass --resume to continue, --overwrite to start from scratch, or another "
+                "--workdir"
             )
-        if overwrite and "config.json" not in found and not {name.removesuffix(".tmp") for name in found} <= CONTENTS:
-            raise UserError(f"{folder} is no run folder: --overwrite leaves it alone, give another --workdir")
+        if overwrite and "config.json" not in names and not {name.removesuffix(".tmp") for name in names} <= CONTENTS:
+            raise UserError(f"{folder} is not a run folder and is not overwritten: use another --workdir")
         lock.take(folder)
         if overwrite:
             for path in folder.iterdir():
@@ -225,43 +224,40 @@ def is_finished(
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             return False
     except OSError as error:
-        raise unwritable(folder, error) from None
-    if not found & {"config.json", "checkpoints"}:
+        raise write_error(folder, error) from None
+    if "config.json" not in names and not manifest.steps(folder / "checkpoints"):
         return False
-    if "config.json" not in found and not manifest.steps(folder / "checkpoints"):
-        return False
-    before = read_described(folder)
-    config, new = (fields.from_json(each.get("config"), Config) for each in (before, described))
-    changed = compare(before, described, folder, allow_change)
-    if "result.json" not in found:
+    old_description = read_description(folder)
+    old, new = (fields.from_json(each.get("config"), Config) for each in (old_description, description))
+    changed = compare_configs(old_description, description, folder, allow_change)
+    if "result.json" not in names:
         return False
     try:
-        done = check_result(folder)
+        steps = check_result(folder)
     except UserError as error:
-        logger.warning("%s: the run is finished again from its last checkpoint", error)
+        logger.warning("%s: the run resumes from its last checkpoint", error)
         return False
-    check_longer(folder, done, new)
-    return config.train.steps == new.train.steps and not changed
+    check_length(folder, steps, new)
+    return old.train.steps == new.train.steps and not changed
 
 
 def check_result(folder: Path) -> int:
-    """The steps of the finished run in ``folder``. Raises UserError where its files are not as it left them."""
+    """Return the number of steps of the finished run in ``folder``. Raise UserError if its files are damaged."""
     saved = manifest.newest(folder / "checkpoints")
-    with as_saved(folder):
+    with damage_as_user_error(folder):
         result, records = read_result(folder), read_records(folder / "metrics.jsonl")
         steps, test = result["steps"], (result["test_loss"], result["test_accuracy"])
         if saved is None or saved.step != steps:
-            raise UserError(f"{folder} has no checkpoint of the step that its result.json tells of")
+            raise UserError(f"{folder} has no intact checkpoint at step {steps}, the last step in its result.json")
         if (records[-1]["split"], records[-1]["loss"], records[-1]["accuracy"]) != ("test", *test):
-            raise UserError(f"{folder}/metrics.jsonl does not end with the test that its result.json tells of")
+            raise UserError(f"{folder}/metrics.jsonl does not end with the test record of result.json")
     return steps
 
 
-def persist(folder: Path, save: Callable[[], None], rescue: Callable[[Path], str]) -> None:
-    """Returns once ``save``, which writes to ``folder``, does not raise OSError.
+def save_or_rescue(folder: Path, save: Callable[[], None], rescue: Callable[[Path], str]) -> None:
+    """Call ``save``, which writes to ``folder``, until it succeeds or all attempts have raised OSError.
 
-    Where it always does, has ``rescue`` write to a new folder wherever that can be, and raises UserError with what it
-    says of how to go on.
+    In the latter case call ``rescue`` with a new folder elsewhere, and raise UserError with the advice it returns.
     """
     reason = None
     for pause in (0.0, *LAST_RETRIES):
@@ -271,40 +267,42 @@ def persist(folder: Path, save: Callable[[], None], rescue: Callable[[Path], str
         except OSError as error:
             reason = error.strerror or error
             logger.warning("cannot save to %s (%s)", folder, reason)
-    for place in (tempfile.gettempdir, Path.home, Path.cwd):
+    for find_parent in (tempfile.gettempdir, Path.home, Path.cwd):
         elsewhere = None
         try:
-            elsewhere = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=place()))
+            elsewhere = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=find_parent()))
             advice = rescue(elsewhere)
-        except (OSError, RuntimeError):  # a home that nobody has raises the latter
+        except (OSError, RuntimeError):  # Path.home raises RuntimeError if the user has no home directory
             if elsewhere is not None:
                 shutil.rmtree(elsewhere, ignore_errors=True)
         else:
             raise UserError(f"cannot save to {folder} ({reason}): {advice}")
-    raise UserError(f"cannot save to {folder} ({reason}), nor anywhere else: what was saved before is all that is kept")
+    raise UserError(f"cannot save to {folder} ({reason}) or anywhere else: only earlier checkpoints are kept")
 
 
-def begin(folder: Path, described: dict[str, Any]) -> None:
-    """Says in ``folder`` what is now run there, and that it is not finished."""
+def begin_run(folder: Path, description: dict[str, Any]) -> None:
+    """Write ``config.json``, and remove the result of an earlier run."""
     (folder / "result.json").unlink(missing_ok=True)
-    write_json(folder / "config.json", described)
+    write_json(folder / "config.json", description)
 
 
-def check_longer(folder: Path, done: int, config: Config) -> None:
-    """Raises UserError where more steps are ``done`` in ``folder`` than ``config`` wants."""
-    if done > config.train.length:
-        raise UserError(f"{folder} has {done} steps already: train.steps must be at least that")
+def check_length(folder: Path, steps: int, config: Config) -> None:
+    if steps > config.train.length:
+        raise UserError(f"{folder} already has {steps} steps: train.steps must be at least {steps}")
 
 
-def compare(before: dict[str, Any], now: dict[str, Any], folder: Path, allow_change: bool) -> bool:
-    """Whether fields differ that may not; then, unless ``allow_change``, raises UserError that names them."""
+def compare_configs(
+    old_description: dict[str, Any], new_description: dict[str, Any], folder: Path, allow_change: bool
+) -> bool:
+    """Return True if fields outside MAY_CHANGE differ. Raise UserError naming them unless ``allow_change``."""
     old, new = (
-        fields.flatten(each["config"]) | {"data.source": each.get("data", {}).get("source")} for each in (before, now)
+        fields.flatten(each["config"]) | {"data.source": each.get("data", {}).get("source")}
+        for each in (old_description, new_description)
     )
-    changed = [name for name in sorted(old | new) if old.get(name) != new.get(name) and name not in MAY_DIFFER]
+    changed = [name for name in sorted(old | new) if old.get(name) != new.get(name) and name not in MAY_CHANGE]
     differences = ", ".join(f"{name} ({old.get(name)} before, {new.get(name)} now)" for name in changed)
     if changed and not allow_change:
-        raise UserError(f"{folder} was begun with other values: {differences}; give those, or --allow-config-change")
+        raise UserError(f"{folder} was started with other values: {differences}; use those or --allow-config-change")
     if changed:
-        logger.warning("going on with other values than %s was begun with: %s", folder, differences)
+        logger.warning("resuming %s with other values: %s", folder, differences)
     return bool(changed)

@@ -1,4 +1,4 @@
-"""The processes of a run, on one machine or many: how they find each other, agree, and notice that one is lost."""
+"""Runs of several processes, on one host or many: joining, agreeing, and detecting a lost process."""
 
 import atexit
 import contextlib
@@ -20,218 +20,216 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from flaxmnist.errors import BelowTarget, Diverged, Stopped, UserError
-from flaxmnist.signals import end
+from flaxmnist.signals import exit_process
 
-# Seconds without a sign of life after which a process counts as lost.
-HEARTBEAT = 20.0
+# Seconds without a heartbeat after which a process counts as lost, and between two heartbeats.
+HEARTBEAT_TIMEOUT, HEARTBEAT_INTERVAL = 20.0, 0.5
 
-# Seconds in which all processes of a run must have come.
-GATHERING = 300.0
-
-# Seconds between two signs of life.
-BEAT = 0.5
+# Seconds in which all processes must have joined the run.
+JOIN_SECONDS = 300.0
 
 Value = TypeVar("Value")
 
 
 def is_launched() -> bool:
-    """Whether a launcher that JAX knows started this process as one of several.
+    """Return True if a launcher that JAX supports started this process as one of several.
 
-    A variable of a scheduler alone says little: an interactive shell of SLURM, or a pod that is no part of a job, has
-    many of them. What counts is that this very step has several tasks.
+    A scheduler's variables are not enough: an interactive SLURM shell, or a pod outside of a job, has many of them.
+    This job step itself must have several tasks.
     """
-    several = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    if any(int(os.environ.get(name, 1)) > 1 for name in several):
+    if any(int(os.environ.get(name, 1)) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
         return True
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys():
         if importlib.util.find_spec("kubernetes") is None:
-            raise UserError(
-                "a Kubernetes job needs the extra kubernetes: pip install -c constraints.txt '.[kubernetes]'"
-            )
+            command = "pip install -c constraints.txt '.[kubernetes]'"
+            raise UserError(f"a Kubernetes job needs the extra kubernetes: {command}")
         return True
     return importlib.util.find_spec("libtpu") is not None
 
 
-def check(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
-    """Raises UserError unless the three make sense together, or none is given."""
+def check_address(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+    """Raise UserError unless the three are valid together, or all None."""
     if coordinator is processes is process_id is None:
         return
     if coordinator is None or processes is None or process_id is None:
-        raise UserError("give --coordinator, --processes and --process-id together, or none of them")
+        raise UserError("pass --coordinator, --processes and --process-id together, or omit all three")
     if not 0 <= process_id < processes:
-        raise UserError(f"--process-id {process_id} must lie in [0, --processes {processes})")
+        raise UserError(f"--process-id must be in [0, --processes {processes}), but is {process_id}")
     _, colon, port = coordinator.rpartition(":")
     if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator {coordinator} must be HOST:PORT")
+        raise UserError(f"--coordinator must be HOST:PORT, but is {coordinator}")
     if process_id == 0:
         try:
             socket.create_server(("", int(port))).close()
         except OSError as error:
-            raise UserError(
-                f"nothing can listen on the port of --coordinator {coordinator}: {error.strerror}; take another"
-            ) from None
+            reason = f"cannot listen on the port of --coordinator {coordinator} ({error.strerror})"
+            raise UserError(f"{reason}: use another port") from None
 
 
-def connect(given: tuple[str | None, int | None, int | None], heartbeat: float) -> bool:
-    """Returns when all processes have come; False at once where a TPU library is installed, but this is no pod."""
-    # Ours is the only way to be told to stop; JAX's would take SIGTERM away.
+def connect(address: tuple[str | None, int | None, int | None], heartbeat: float) -> bool:
+    """Wait until all processes have joined; return False if a TPU library is installed, but this is not a TPU pod."""
+    # JAX's preemption service would replace our handler of SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
-    # Ours is also to say first that a process is missing or lost: what JAX says of it, few would understand.
-    patience = round(2 * heartbeat + 10)
-    alarm = threading.Timer(GATHERING, end, [f"not all processes of the run came within {GATHERING:.0f} s"])
-    alarm.start()
+    # JAX's timeouts are longer than ours, because its messages about missing and lost processes are hard to read.
+    timeout = round(2 * heartbeat + 10)
+    reason = f"not all processes joined the run within {JOIN_SECONDS:.0f} s"
+    timer = threading.Timer(JOIN_SECONDS, exit_process, [reason])
+    timer.start()
     try:
         jax.distributed.initialize(
-            *given,
-            initialization_timeout=round(GATHERING + patience),
-            heartbeat_timeout_seconds=patience,
-            shutdown_timeout_seconds=patience,
+            *address,
+            initialization_timeout=round(JOIN_SECONDS + timeout),
+            heartbeat_timeout_seconds=timeout,
+            shutdown_timeout_seconds=timeout,
         )
     except ValueError as error:
         if "coordinator_address should be defined" in str(error):
             return False
         raise
     finally:
-        alarm.cancel()
+        timer.cancel()
     return True
 
 
 @contextlib.contextmanager
-def joined(
+def join_processes(
     coordinator: str | None = None,
     processes: int | None = None,
     process_id: int | None = None,
-    heartbeat: float = HEARTBEAT,
+    heartbeat: float = HEARTBEAT_TIMEOUT,
 ) -> Iterator[None]:
-    """Within the block, this process is one of those of a run, and is ended, with 75, when another is lost.
+    """Within the block, this process is one of a run's, and exits with code 75 if another one is lost.
 
-    The three are those of ``jax.distributed.initialize``: HOST:PORT of process 0, how many there are, which one this
-    is. Without them they are found out where a launcher started several processes; else this one is alone. A process
-    counts as lost after ``heartbeat`` seconds without a sign of life. Raises UserError for what makes no sense.
+    The arguments are HOST:PORT of process 0, the number of processes, the index of this one, and the seconds without a
+    heartbeat after which a process counts as lost. If the first three are None, they come from the launcher, or this is
+    the only process if no launcher started several. Raise UserError for invalid arguments.
     """
-    given = coordinator, processes, process_id
-    check(*given)
-    if (given == (None, None, None) and not is_launched()) or not connect(given, heartbeat):
+    address = coordinator, processes, process_id
+    check_address(*address)
+    if (address == (None, None, None) and not is_launched()) or not connect(address, heartbeat):
         yield
         return
-    # Gloo tells of its connections on standard output, where only results belong.
+    # Gloo logs to standard output, which is for results only: send what it writes there to standard error.
     sys.stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # When process 0 dies, JAX aborts the others at once, on a thread where no Python runs. To sleep first, as many
-    # seconds as the signal's number, which is 6, leaves the watch the time to speak.
+    # When process 0 dies, JAX aborts the others at once, on a thread that runs no Python. With sleep() as the handler
+    # of SIGABRT, which gets the signal's number, 6, as seconds, the watchdog has time to print its message first.
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGABRT, libc.sleep)
-    watch = Watch(heartbeat)
+    watchdog = Watchdog(heartbeat)
     try:
         yield
-    except (BelowTarget, Diverged, Stopped) as ending:
-        # All of them end so: one says it.
-        if is_first():
+    except (BelowTarget, Diverged, Stopped) as error:
+        # All processes end this way; only the first prints the message.
+        if is_first_process():
             raise
-        raise SystemExit(ending.exit_code) from None
+        raise SystemExit(error.exit_code) from None
     except Exception as error:
         if not isinstance(error, UserError):
-            # A broken exchange is how a loss shows first. The watch finds out whose, and ends this process.
-            time.sleep(heartbeat + 6 * BEAT)
-        # This process may be the only one to end so: it leaves without waiting for the others, as JAX would at exit.
+            # A lost process shows first as a failed collective: let the watchdog find out which, and end this process.
+            time.sleep(heartbeat + 6 * HEARTBEAT_INTERVAL)
+        # JAX would wait for the others at exit, but they may still be running: skip that.
         atexit.register(os._exit, getattr(error, "exit_code", 1))
         raise
     finally:
-        watch.close()
+        watchdog.close()
 
 
-class Watch:
-    """Two threads: one gives signs of life through JAX's coordinator and looks for the others', one judges by them."""
+class Watchdog:
+    """Two threads that end this process if another is lost: one exchanges heartbeats, the other checks their age."""
 
     def __init__(self, heartbeat: float):
-        self.heartbeat, self.over = heartbeat, threading.Event()
-        # Nothing public leads to the coordinator and its store, which orbax uses too.
-        known = distributed.global_state
-        assert known.client is not None and known.coordinator_address is not None
-        self.client, self.me = known.client, known.process_id
-        host, port = known.coordinator_address.rsplit(":", 1)
+        self.timeout, self.closed = heartbeat, threading.Event()
+        # There is no public access to JAX's coordinator and its key-value store, which orbax uses too.
+        state = distributed.global_state
+        assert state.client is not None and state.coordinator_address is not None
+        self.client, self.process_id = state.client, state.process_id
+        host, port = state.coordinator_address.rsplit(":", 1)
         self.coordinator = host, int(port)
-        self.heard = {other: time.monotonic() for other in range(known.num_processes) if other != self.me}
-        self.threads = [threading.Thread(target=each, daemon=True) for each in (self.beat, self.judge)]
+        now = time.monotonic()
+        self.last_heartbeat = {other: now for other in range(state.num_processes) if other != self.process_id}
+        self.threads = [threading.Thread(target=target, daemon=True) for target in (self.exchange, self.check)]
         for thread in self.threads:
             thread.start()
 
-    def beat(self) -> None:
-        signs: dict[int, str | None] = {}
+    def exchange(self) -> None:
+        """Send heartbeats, which are counters in JAX's key-value store, and receive those of the others."""
+        previous: dict[int, str | None] = {}
         count = 0
-        while not self.over.wait(BEAT):
+        while not self.closed.wait(HEARTBEAT_INTERVAL):
             count += 1
             try:
-                self.client.key_value_set(f"alive/{self.me}", str(count), allow_overwrite=True)
-                said = dict(self.client.key_value_dir_get("alive/"))
+                self.client.key_value_set(f"alive/{self.process_id}", str(count), allow_overwrite=True)
+                counters = dict(self.client.key_value_dir_get("alive/"))
             except jax.errors.JaxRuntimeError:
-                self.lose(0)
+                self.exit_without(0)
             else:
                 now = time.monotonic()
-                for other in self.heard:
-                    sign = said.get(f"alive/{other}")
-                    # That process 0 answers is its sign.
-                    if other == 0 or sign != signs.get(other):
-                        self.heard[other], signs[other] = now, sign
+                for other in self.last_heartbeat:
+                    counter = counters.get(f"alive/{other}")
+                    # Process 0 holds the store, so that any reply is its heartbeat.
+                    if other == 0 or counter != previous.get(other):
+                        self.last_heartbeat[other], previous[other] = now, counter
 
-    def judge(self) -> None:
-        while not self.over.wait(BEAT):
-            for other, heard in self.heard.items():
-                silence = time.monotonic() - heard
-                if silence > self.heartbeat or (other == 0 and silence > 2 * BEAT and not self.is_coordinated()):
-                    self.lose(other)
+    def check(self) -> None:
+        while not self.closed.wait(HEARTBEAT_INTERVAL):
+            for other, last in self.last_heartbeat.items():
+                age = time.monotonic() - last
+                if age > self.timeout or (other == 0 and age > 2 * HEARTBEAT_INTERVAL and self.is_refused()):
+                    self.exit_without(other)
 
-    def is_coordinated(self) -> bool:
-        """Whether anything answers where process 0 listens, or could not be asked."""
+    def is_refused(self) -> bool:
+        """Return True if nothing listens on the coordinator's port."""
         try:
-            socket.create_connection(self.coordinator, timeout=BEAT).close()
+            socket.create_connection(self.coordinator, timeout=HEARTBEAT_INTERVAL).close()
         except ConnectionRefusedError:
-            return False
+            return True
         except OSError:
             pass
-        return True
+        return False
 
-    def lose(self, other: int) -> None:
-        """Ends this process, unless the run is over."""
-        if not self.over.is_set():
-            # The others are about to notice the same. Without a coordinator, they would think process 0 lost.
-            end(f"process {other} of the run was lost", linger=4 * BEAT if self.me == 0 else 0)
+    def exit_without(self, other: int) -> None:
+        """Exit because process ``other`` is lost, unless the run has ended."""
+        if not self.closed.is_set():
+            # Process 0 lets the others notice the loss first: without its coordinator, they would report process 0.
+            delay = 4 * HEARTBEAT_INTERVAL if self.process_id == 0 else 0
+            exit_process(f"process {other} of the run was lost", delay)
 
     def close(self) -> None:
-        self.over.set()
+        self.closed.set()
         for thread in self.threads:
-            thread.join(BEAT)
+            thread.join(HEARTBEAT_INTERVAL)
 
 
-def is_first() -> bool:
-    """Whether this is the process that alone writes and prints."""
+def is_first_process() -> bool:
+    """Return True in process 0, the only one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def agree(stop: bool, rate: float) -> tuple[bool, float]:
-    """Whether any process wants to ``stop``, and the ``rate`` of the first."""
+    """Return in all processes the same: True if any of them is to ``stop``, and the ``rate`` of process 0."""
     if jax.process_count() == 1:
         return stop, rate
-    said = np.asarray(multihost_utils.process_allgather(np.array([stop, rate], np.float32)))
-    return bool(said[:, 0].any()), float(said[0, 1])
+    gathered = np.asarray(multihost_utils.process_allgather(np.array([stop, rate], np.float32)))
+    return bool(gathered[:, 0].any()), float(gathered[0, 1])
 
 
-def on_first(function: Callable[[], Value]) -> Value:
-    """What ``function`` gives in the first process, or the UserError that it raises there, in every process.
+def on_first_process(function: Callable[[], Value]) -> Value:
+    """Call ``function`` in process 0 only; return its value, or raise its UserError, in all processes.
 
-    The others do not call it. Its value must be one that JSON knows.
+    The value must be serializable as JSON.
     """
     if jax.process_count() == 1:
         return function()
-    said = b""
-    if is_first():
+    message = b""
+    if is_first_process():
         try:
-            said = json.dumps({"value": function()}).encode()
+            message = json.dumps({"value": function()}).encode()
         except UserError as error:
-            said = json.dumps({"error": str(error)}).encode()
-    size = int(multihost_utils.broadcast_one_to_all(np.array(len(said))))
-    letters = np.frombuffer(said.ljust(size)[:size], np.uint8)
-    outcome = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(letters)).astype(np.uint8).tobytes())
+            message = json.dumps({"error": str(error)}).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(message))))
+    buffer = np.frombuffer(message.ljust(size)[:size], np.uint8)
+    outcome = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).astype(np.uint8).tobytes())
     if "error" in outcome:
         raise UserError(outcome["error"])
     return outcome["value"]

@@ -1,7 +1,7 @@
-"""The parts models are made of: initial values, dense, convolution, max-pooling, dropout.
+"""Building blocks of the models: initial values, dense, convolution, max-pooling, dropout.
 
 Plain functions on arrays, and two Flax modules that hold the weights. Everything here can be jitted, vmapped and
-exported; only ``convolve`` gives up forward-mode derivatives.
+exported; only ``convolve`` does not support forward-mode derivatives.
 """
 
 import math
@@ -18,19 +18,19 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from flaxmnist import config
 
 Padding = Literal["SAME", "VALID"]
-# The standard deviation of a standard normal cut at two of its own.
-STDDEV_AFTER_CUT = 0.87962566103423978
+# The standard deviation of a standard normal distribution truncated at ±2.
+TRUNCATED_STDDEV = 0.87962566103423978
 Images = UInt8[Array | np.ndarray, "b h w 1"] | Float[Array | np.ndarray, "b h w 1"]
 
 
 def initializer(initial: config.Initial) -> initializers.Initializer:
-    """The function (key, shape, dtype) -> array that draws the initial values ``initial`` describes.
+    """Return the function (key, shape, dtype) -> array that draws the initial values described by ``initial``.
 
-    The last two axes of ``shape`` are inputs and outputs, those before them the sides of a kernel.
+    The last two axes of ``shape`` are inputs and outputs; those before them are the sides of a kernel.
     """
 
     def draw(key, shape, dtype=jnp.float32, out_sharding=None):
-        # Drawn flat: on CPU, random numbers of several axes take 2.5 times as long to compile.
+        # Drawn in one dimension: on CPU, random arrays of several dimensions take 2.5 times as long to compile.
         flat = (math.prod(shape),)
         inputs, outputs = math.prod(shape[:-1]), math.prod(shape[:-2]) * shape[-1]
         match initial:
@@ -45,8 +45,8 @@ def initializer(initial: config.Initial) -> initializers.Initializer:
             case config.Glorot(scale):
                 values = scale * math.sqrt(6 / (inputs + outputs)) * jax.random.uniform(key, flat, dtype, -1, 1)
             case config.LeCun(scale):
-                deviation = scale / math.sqrt(inputs) / STDDEV_AFTER_CUT
-                values = deviation * jax.random.truncated_normal(key, -2, 2, flat, dtype)
+                stddev = scale / math.sqrt(inputs) / TRUNCATED_STDDEV
+                values = stddev * jax.random.truncated_normal(key, -2, 2, flat, dtype)
         return values.reshape(shape, out_sharding=out_sharding)
 
     return draw
@@ -56,18 +56,18 @@ LECUN_NORMAL = initializer(config.LeCun())
 
 
 def normalise(images: Images) -> Float[Array, "b h w 1"]:
-    """Pixels in [0, 1]: uint8 divided by 255; floats are taken to be there already."""
+    """Return pixels in [0, 1]: uint8 is divided by 255, floats are expected to be in [0, 1] already."""
     images = jnp.asarray(images)
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
 def flatten(images: Float[Array, "b h w c"]) -> Float[Array, "b h*w*c"]:
-    """Each image as one row."""
+    """Return each image as one row."""
     return images.reshape(images.shape[0], -1)
 
 
 def space_to_depth(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b h2 w2 {side}*{side}*c"]:
-    """The channels of each ``side``×``side`` block of pixels as those of one; zeros fill up what does not divide."""
+    """Turn each ``side``×``side`` block of pixels into the channels of one pixel; incomplete blocks are zero-padded."""
     b, h, w, c = x.shape
     x = jnp.pad(x, ((0, 0), (0, -h % side), (0, -w % side), (0, 0)))
     blocks = x.reshape(b, -(-h // side), side, -(-w // side), side, c).transpose(0, 1, 3, 2, 4, 5)
@@ -77,8 +77,8 @@ def space_to_depth(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b h2 
 class Dense(nnx.Module):
     """y = x·Wᵀ + b, with W of shape [outputs, inputs] and b of shape [outputs].
 
-    Held this way round because few outputs then make long rows: with W as [784, 10] a CPU trained softmax regression
-    at half the speed (7,500 against 13,500 steps/s on two cores, batch 100). ``kernel_init`` draws [inputs, outputs].
+    This layout has long rows even if there are few outputs: with W as [784, 10] a CPU trained softmax regression at
+    half the speed (7,500 against 13,500 steps/s on two cores, batch 100). ``kernel_init`` draws [inputs, outputs].
     """
 
     def __init__(
@@ -98,10 +98,7 @@ class Dense(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """A convolution of stride 1 with a square kernel, W of shape [side, side, inputs, outputs], and a bias.
-
-    With ``pool``, 2×2 max-pooled.
-    """
+    """A convolution of stride 1 with a square kernel, W of shape [side, side, inputs, outputs], and a bias."""
 
     def __init__(
         self,
@@ -119,23 +116,24 @@ class Conv(nnx.Module):
         self.padding: Padding = padding
 
     def __call__(self, x: Float[Array, "b h w i"], *, pool: bool = False) -> Float[Array, "b h2 w2 o"]:
+        """Convolve ``x``; with ``pool``, also apply 2×2 max-pooling."""
         x = convolve(x, self.kernel[...], self.padding)
-        # The largest of four sums with one bias is the sum with the largest: a quarter of the additions.
+        # Adding the bias after pooling gives the same values with a quarter of the additions.
         return (max_pool(x) if pool else x) + self.bias[None, None, None, :]
 
 
 def output_size(size: int, window: int, padding: Padding, stride: int = 1) -> int:
-    """Pixels along one axis of what a convolution or pooling of a ``window`` makes of ``size`` pixels.
+    """Return how many pixels a convolution or pooling outputs along an axis of ``size`` pixels.
 
-    SAME pads so that every ``stride``-th pixel is the centre of a window: ceil(size / stride), whatever the window.
-    VALID pads nothing, so the window must lie wholly inside: ceil((size − window + 1) / stride). Of 28 pixels a
-    5-pixel window makes 28 (SAME) or 24 (VALID) at stride 1, and 14 or 12 at stride 2.
+    SAME pads so that every ``stride``-th pixel is the centre of a window: ceil(size / stride) for any window. VALID
+    does not pad, so the window must fit inside the image: ceil((size − window + 1) / stride). For 28 pixels, a window
+    of 5 gives 28 (SAME) or 24 (VALID) at stride 1, and 14 or 12 at stride 2.
     """
     return -(-size // stride) if padding == "SAME" else max(0, -(-(size - window + 1) // stride))
 
 
-def pads(size: int, window: int, padding: Padding, stride: int = 1) -> tuple[int, int]:
-    """Zeros put before and after one axis: none for VALID; for SAME what is missing, the odd one after."""
+def pad_widths(size: int, window: int, padding: Padding, stride: int = 1) -> tuple[int, int]:
+    """Return the number of zeros before and after one axis: 0 for VALID; for SAME, an odd one goes after."""
     if padding == "VALID":
         return (0, 0)
     missing = max(0, (output_size(size, window, padding, stride) - 1) * stride + window - size)
@@ -145,15 +143,15 @@ def pads(size: int, window: int, padding: Padding, stride: int = 1) -> tuple[int
 def convolve(
     x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"], padding: Padding, stride: int = 1
 ) -> Float[Array, "b h2 w2 o"]:
-    """Cross-correlation of images with a kernel, as neural networks mean convolution; sizes as in ``output_size``.
+    """Cross-correlate images with a kernel (the convolution of neural networks); sizes as in ``output_size``.
 
-    Its gradients are written as convolutions in the form XLA's fast CPU kernels take (NHWC, HWIO). XLA brings them to
-    that form itself, but on CPU only outside of loops: inside ``scan`` and ``fori_loop`` a 5×5×32→64 convolution of 50
-    images and its gradient took 920 ms, as naive loops, and take 13 ms in this form (two cores of a Xeon with AVX-512).
-    Forward-mode derivatives are given up.
+    The gradients are written as convolutions in the layout of XLA's fast CPU kernels (NHWC, HWIO). XLA converts them
+    to this layout itself, but on CPU only outside of loops: inside ``scan`` and ``fori_loop`` a 5×5×32→64 convolution
+    of 50 images and its gradient took 920 ms as naive loops, and take 13 ms in this form (two cores of a Xeon with
+    AVX-512). Forward-mode derivatives are not supported.
     """
-    sides = [pads(size, window, padding, stride) for size, window in zip(x.shape[1:3], kernel.shape[:2], strict=True)]
-    return _convolve(x, kernel, tuple(sides), stride)
+    sizes = zip(x.shape[1:3], kernel.shape[:2], strict=True)
+    return _convolve(x, kernel, tuple(pad_widths(size, window, padding, stride) for size, window in sizes), stride)
 
 
 def _correlate(x, kernel, pads, stride=1, x_dilation=1, kernel_dilation=1):
@@ -179,32 +177,32 @@ def _convolve_forward(x, kernel, pads, stride):
 
 def _convolve_backward(pads, stride, residuals, dy):
     x, kernel = residuals
-    # How many pixels at the end no window reached, for strides that do not divide.
-    spare = [
+    # Pixels at the end that no window covers, because the stride does not divide the size.
+    uncovered = [
         size + sum(pad) - window - (out - 1) * stride
         for size, pad, window, out in zip(x.shape[1:3], pads, kernel.shape[:2], dy.shape[1:3], strict=True)
     ]
-    # dW[u, v, i, o] sums x[b, h+u, w+v, i] · dy[b, h, w, o]: channels stand as batch, images as channels.
-    around = [(low, high - rest) for (low, high), rest in zip(pads, spare, strict=True)]
+    # dW[u, v, i, o] sums x[b, h+u, w+v, i] · dy[b, h, w, o]: a convolution in which batch and channels are swapped.
+    kernel_pads = [(low, high - rest) for (low, high), rest in zip(pads, uncovered, strict=True)]
 
     def kernel_gradient(x, dy):
-        gradient = _correlate(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), around, kernel_dilation=stride)
+        gradient = _correlate(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), kernel_pads, kernel_dilation=stride)
         return gradient.transpose(1, 2, 0, 3)
 
     def in_groups(x, dy):
-        # XLA's CPU kernel does badly at a sum this long. Of 5×5×32→64 it took 14 ms at once and 6.7 ms by tens of
-        # images at batch 50, 34 and 14 ms at batch 100 (two cores of a Xeon with AVX-512); shorter sums gained nothing.
+        # XLA's CPU kernel is slow for sums this long: 5×5×32→64 took 14 ms in one sum and 6.7 ms in groups of 10 images
+        # at batch 50, 34 and 14 ms at batch 100 (two cores of a Xeon with AVX-512). Smaller groups gained nothing.
         size = max(10, -(-x.shape[0] // 10))
         starts = range(0, x.shape[0], size)
         return sum(kernel_gradient(x[start : start + size], dy[start : start + size]) for start in starts)
 
     d_kernel = jax.lax.platform_dependent(x, dy, cpu=in_groups, default=kernel_gradient)
-    # dx spreads dy back over the windows that saw it: the kernel turned by 180 degrees, inputs and outputs swapped.
-    around = [
+    # dx distributes dy over the windows: the kernel rotated by 180 degrees, inputs and outputs swapped.
+    x_pads = [
         (window - 1 - low, window - 1 - high + rest)
-        for window, (low, high), rest in zip(kernel.shape[:2], pads, spare, strict=True)
+        for window, (low, high), rest in zip(kernel.shape[:2], pads, uncovered, strict=True)
     ]
-    d_x = _correlate(dy, kernel[::-1, ::-1].swapaxes(2, 3), around, x_dilation=stride)
+    d_x = _correlate(dy, kernel[::-1, ::-1].swapaxes(2, 3), x_pads, x_dilation=stride)
     return d_x, d_kernel
 
 
@@ -212,7 +210,7 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """The largest of each 2×2 block; where a side is odd, its last row or column makes blocks of its own."""
+    """Return the maximum of each 2×2 block; the last row or column of an odd side forms smaller blocks."""
     b, h, w, c = x.shape
     if h % 2 or w % 2:
         x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), constant_values=-jnp.inf)
@@ -224,16 +222,15 @@ def dropout(
     rate: float | Float[Array, ""],
     key: PRNGKeyArray,
     *,
-    part: int | Int[Array, ""] = 0,
-    parts: int = 1,
+    shard: int | Int[Array, ""] = 0,
+    num_shards: int = 1,
 ) -> Float[Array, "b ..."]:
-    """Each value set to 0 with probability ``rate``, the others divided by 1 − rate (Srivastava et al. 2014).
+    """Set each value to 0 with probability ``rate`` and divide the others by 1 − rate (Srivastava et al. 2014).
 
-    Where ``x`` is one of several equal ``parts`` of a batch, ``part`` says which, and what is kept is what would be
-    kept of the whole batch.
+    If ``x`` is shard number ``shard`` of ``num_shards`` equal shards of a batch, it gets its slice of the batch's mask.
     """
-    # Drawn flat: on CPU, random numbers of several axes take twice as long to draw and to compile. Each number depends
-    # on its place alone, so that XLA draws no more than the part.
-    kept = jax.random.bernoulli(key, 1 - rate, (parts * x.size,))
-    kept = jax.lax.dynamic_slice(kept, (part * x.size,), (x.size,)) if parts > 1 else kept
-    return jnp.where(kept.reshape(x.shape), x / (1 - rate), 0)
+    # Drawn in one dimension: on CPU, random arrays of several dimensions take twice as long to draw and to compile.
+    # Each number depends only on its index, so that XLA draws only the shard's slice.
+    mask = jax.random.bernoulli(key, 1 - rate, (num_shards * x.size,))
+    mask = jax.lax.dynamic_slice(mask, (shard * x.size,), (x.size,)) if num_shards > 1 else mask
+    return jnp.where(mask.reshape(x.shape), x / (1 - rate), 0)

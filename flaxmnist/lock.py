@@ -1,4 +1,4 @@
-"""One run in a folder at a time."""
+"""A lock that allows only one run at a time in a folder."""
 
 import contextlib
 import fcntl
@@ -13,14 +13,14 @@ NAME = "lock"
 
 
 class Lock:
-    """A file that is locked while it is open, so that a killed process leaves none behind."""
+    """A file locked with ``flock``, so that the system releases the lock of a killed process."""
 
     def __init__(self):
         self.path = Path()
         self.file: int | None = None
 
     def take(self, folder: Path) -> None:
-        """Locks ``folder``. Raises UserError where another run holds it, and OSError."""
+        """Lock ``folder``. Raise UserError if another run holds the lock, OSError if the file cannot be created."""
         self.path = folder / NAME
         while not self.holds():
             self.close()
@@ -28,28 +28,28 @@ class Lock:
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                who = os.pread(self.file, 200, 0).decode(errors="replace") or "another process"
+                owner = os.pread(self.file, 200, 0).decode(errors="replace") or "another process"
                 self.close()
                 raise UserError(
-                    f"{folder} is in use by {who}: wait until it ends, stop it, or give another --workdir"
+                    f"{folder} is in use by {owner}: wait until it ends, stop it, or use another --workdir"
                 ) from None
             except OSError as error:
-                logger.warning("%s cannot be locked (%s): start no other run there", folder, error.strerror)
+                logger.warning("cannot lock %s (%s): do not start another run there", folder, error.strerror)
         assert self.file is not None
         os.ftruncate(self.file, 0)
         os.pwrite(self.file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def holds(self) -> bool:
-        """Whether the file is still where it was made: not if its folder has vanished or been replaced."""
+        """Return True if the open file is the lock file: False once its folder was removed or replaced."""
         try:
             return self.file is not None and os.path.samestat(os.fstat(self.file), os.stat(self.path))
         except OSError:
             return False
 
     def check(self) -> None:
-        """Raises OSError where the folder is no longer that which was locked."""
+        """Raise OSError if the locked folder was removed or replaced."""
         if not self.holds():
-            raise OSError(f"{self.path.parent} has vanished")
+            raise OSError(f"{self.path.parent} was removed or replaced")
 
     def release(self) -> None:
         if self.holds():

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: records, console lines, a progress bar, and where the time went."""
+"""Progress output of a run: log messages, a progress bar, records, and the time spent on each activity."""
 
 import contextlib
 import json
@@ -17,98 +17,89 @@ from flaxmnist.errors import UserError
 
 logger = logging.getLogger("flaxmnist")
 
-# Seconds between plain progress lines where there is no terminal to draw a bar on.
+# Seconds between plain progress lines if there is no progress bar.
 LINE_SECONDS = 30.0
 
 
 class ConsoleHandler(logging.Handler):
-    """Lines on standard error, above the progress bar where one is drawn."""
+    """Handler that writes to standard error, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Standard error may be a file on a full disk, or a pipe that nobody reads any more.
+        # Standard error may be a file on a full disk, or a closed pipe.
         with contextlib.suppress(OSError):
             tqdm.write(self.format(record), file=sys.stderr)
 
 
-def show(level: str) -> None:
-    """Shows the package's messages from ``level`` ("debug", "info", "warning" or "error") on standard error."""
+def show_messages(level: str) -> None:
+    """Log messages of at least ``level`` ("debug", "info", "warning" or "error") to standard error."""
     logger.handlers = [ConsoleHandler()]
     logger.setLevel(level.upper())
     logger.propagate = False
 
 
 class Progress:
-    """How far a run is: a bar in a notebook, and on a terminal that shows messages; else a line every 30 s."""
+    """Progress of a run: a bar in a notebook, or on a terminal that shows messages; otherwise a line every 30 s."""
 
     def __init__(self, total: int, start: int, batch_size: int):
-        self.start = self.step = start
-        self.batch_size = batch_size
+        self.total, self.start, self.step, self.batch_size = total, start, start, batch_size
         notebook = type(sys.stderr).__module__.startswith("ipykernel")
-        drawn = notebook or (sys.stderr.isatty() and logger.isEnabledFor(logging.INFO))
-        # Times are told by ``tell``: those of the bar would count from now on, with all that is compiled.
-        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
-        self.bar = tqdm(
-            total=total,
-            initial=start,
-            disable=not drawn,
-            bar_format=form,
-            miniters=1,
-            dynamic_ncols=True,
-            file=sys.stderr,
-        )
-        self.total = total
+        visible = notebook or (sys.stderr.isatty() and logger.isEnabledFor(logging.INFO))
+        # ``describe`` adds the times, because those of tqdm would include compilation.
+        bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
+        options = {"miniters": 1, "dynamic_ncols": True, "file": sys.stderr, "disable": not visible}
+        self.bar = tqdm(total=total, initial=start, bar_format=bar_format, **options)
         self.begin()
 
     def begin(self) -> None:
-        """Counts time from now on."""
-        self.began = self.lined = time.perf_counter()
+        """Start to measure the time."""
+        self.start_time = self.line_time = time.perf_counter()
 
     def show(self, step: int, loss: float | None = None, accuracy: float | None = None) -> None:
-        """Says that ``step`` steps are done, and how the last of them did."""
+        """Show that ``step`` steps are done, and the loss and accuracy of the last one."""
         now, self.step = time.perf_counter(), step
-        told = self.tell(now - self.began, loss, accuracy)
-        self.bar.set_postfix_str(told, refresh=False)
+        text = self.describe(now - self.start_time, loss, accuracy)
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and now - self.lined > LINE_SECONDS:
-            self.lined = now
-            logger.info("%d of %d steps, %s", step, self.total, told)
+        if self.bar.disable and now - self.line_time > LINE_SECONDS:
+            self.line_time = now
+            logger.info("%d of %d steps, %s", step, self.total, text)
 
-    def tell(self, seconds: float, loss: float | None, accuracy: float | None) -> str:
-        """What the steps so far took, which is ``seconds``, what the last of them saw, and what is still to be done."""
+    def describe(self, seconds: float, loss: float | None, accuracy: float | None) -> str:
+        """Return the speed since the start, ``seconds`` ago, the latest metrics, and the estimated time left."""
         rate = (self.step - self.start) / seconds
-        told = [f"{rate:,.{0 if rate >= 100 else 1}f} steps/s", f"{rate * self.batch_size:,.0f} images/s"]
-        told += [f"{name} {value:.4f}" for name, value in (("loss", loss), ("accuracy", accuracy)) if value is not None]
+        info = [f"{rate:,.{0 if rate >= 100 else 1}f} steps/s", f"{rate * self.batch_size:,.0f} images/s"]
+        info += [f"{name} {value:.4f}" for name, value in (("loss", loss), ("accuracy", accuracy)) if value is not None]
         if rate:
-            told.append(f"{tqdm.format_interval((self.total - self.step) / rate)} left")
-        return ", ".join(told)
+            info.append(f"{tqdm.format_interval((self.total - self.step) / rate)} left")
+        return ", ".join(info)
 
     def close(self) -> None:
         self.bar.close()
 
 
-def plain(value: Any) -> Any:
-    """``value`` as JSON knows it; a float32 becomes the shortest number that still names it."""
+def to_json_value(value: Any) -> Any:
+    """Return ``value`` with NumPy types converted for JSON; a float32 becomes the shortest decimal that round-trips."""
     if isinstance(value, np.ndarray) and value.ndim:
-        return [plain(item) for item in value]
+        return [to_json_value(item) for item in value]
     if isinstance(value, np.ndarray | np.generic):
         return float(str(value)) if value.dtype == np.float32 else value.item()
     return value
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records in ``path``. Raises UserError where they cannot be read."""
+    """Load the records in ``path``. Raise UserError if they are damaged."""
     try:
         records = [json.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error})") from None
     for line, record in enumerate(records, start=1):
-        if not is_record(record):
-            raise UserError(f"{path} is damaged (line {line} holds no record)")
+        if not is_valid_record(record):
+            raise UserError(f"{path} is damaged (line {line} is not a record)")
     return records
 
 
-def is_record(record: Any) -> bool:
-    """Whether ``record`` has what all have; those of training and evaluation, loss and accuracy too."""
+def is_valid_record(record: Any) -> bool:
+    """Return True if ``record`` has step, epoch and split and, if its split is a measurement, loss and accuracy."""
     if not isinstance(record, dict) or type(record.get("split")) is not str:
         return False
     counts = [record.get("step"), record.get("epoch")]
@@ -119,17 +110,17 @@ def is_record(record: Any) -> bool:
     )
 
 
-# Kinds of records of which there may be millions, and which a run does not look back at.
-MANY = ("train", "epoch", "batch")
+# Splits that may have millions of records, which a run never reads back.
+FREQUENT = ("train", "epoch", "batch")
 
 
 class Records:
-    """The records of a run, one JSON line each, in memory and, where there is a file, in ``metrics.jsonl``."""
+    """The records of a run, one JSON object per line, in memory and, unless ``path`` is None, in ``metrics.jsonl``."""
 
     def __init__(self, path: Path | None, text: bytes = b""):
-        """Goes on behind ``text``, which is all that ``path`` shall hold, whatever it holds now. Raises OSError."""
+        """Continue after the records in ``text``, and make them the content of ``path``. Raise OSError on failure."""
         self.path, self.text, self.written = path, bytearray(text), len(text)
-        self.few = [record for record in self.history if record["split"] not in MANY]
+        self.few = [record for record in self.history if record["split"] not in FREQUENT]
         if path is None:
             return
         try:
@@ -137,25 +128,27 @@ class Records:
                 if file.read(len(text)) == text:
                     file.truncate(len(text))
                     return
-            logger.warning("%s was damaged, and is written anew as the checkpoint has it", path)
+            logger.warning("%s is damaged: restoring it from the checkpoint", path)
         except FileNotFoundError:
             pass
         write_file(path, text)
 
     def add(self, step: int, epoch: int, split: str, **values: Any) -> None:
-        """One record: after ``step`` updates, in ``epoch``, of ``split``. No value may be a time or a duration."""
-        record = {"step": step, "epoch": epoch, "split": split} | {name: plain(value) for name, value in values.items()}
-        if split not in MANY:
+        """Add a record. ``values`` must not contain times, so that equal runs have bitwise identical records."""
+        record = {"step": step, "epoch": epoch, "split": split} | {
+            name: to_json_value(value) for name, value in values.items()
+        }
+        if split not in FREQUENT:
             self.few.append(record)
         self.text += json.dumps(record, allow_nan=False).encode() + b"\n"
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """All records."""
+        """Return all records."""
         return [json.loads(line) for line in self.text.splitlines()]
 
     def write(self) -> None:
-        """Writes what is new. Raises OSError, and has it still then."""
+        """Append new records to the file. Raise OSError on failure, keeping them for the next call."""
         if self.path is None:
             return
         if not self.path.exists():
@@ -167,22 +160,22 @@ class Records:
                 self.written += file.write(bytes(self.text[self.written :]))
 
 
-# What the seconds of a run are told apart by.
+# The activities that a run measures.
 SECONDS = ("import", "data", "compile", "train", "evaluate", "checkpoint")
 
 
 class Clock:
-    """Seconds spent on each kind of work."""
+    """Seconds spent on each activity."""
 
-    def __init__(self, began: float | None = None):
-        """``began`` is what ``time.perf_counter()`` said when the command started (None: now)."""
-        self.began = time.perf_counter() if began is None else began
+    def __init__(self, start_time: float | None = None):
+        """``start_time`` is the value of ``time.perf_counter()`` at the start of the command (None: now)."""
+        self.start_time = time.perf_counter() if start_time is None else start_time
         self.seconds: dict[str, float] = {}
-        self.before = 0.0
+        self.earlier_seconds = 0.0  # total before the run was resumed
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to ``name``."""
+        """Add the time spent in the block to ``name``."""
         start = time.perf_counter()
         try:
             yield
@@ -190,26 +183,26 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def resume(self, seconds: dict[str, float]) -> None:
-        """Adds what the run had spent before it was stopped."""
+        """Add the ``seconds`` of the run before it was interrupted."""
         for name, spent in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
-            self.before += spent
+            self.earlier_seconds += spent
 
     def total(self) -> float:
-        """Seconds since the start, and those of the stretches before."""
-        return self.before + time.perf_counter() - self.began
+        """Return the seconds since the start, plus those before the run was interrupted."""
+        return self.earlier_seconds + time.perf_counter() - self.start_time
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` to ``path`` at once. Raises OSError."""
+    """Write ``value`` to ``path`` atomically. Raise OSError on failure."""
     write_file(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes ``content`` to ``path`` at once: a reader sees the old file or the whole new one. Raises OSError."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
+    """Write ``content`` to ``path`` atomically, and flush it to the disk. Raise OSError on failure."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    temporary.replace(path)

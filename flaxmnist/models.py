@@ -1,7 +1,7 @@
 """The models as Flax modules: images in, logits out.
 
-Images are uint8 or floats in [0, 1]. A training step passes ``dropout``, a function that leaves out some of its
-argument's values; without it a model is the deterministic function that evaluation and prediction use.
+Images are uint8, or floats in [0, 1]. A training step passes ``dropout``, a function that drops values of its argument.
+Without it a model is deterministic, as evaluation and prediction use it.
 """
 
 import math
@@ -23,12 +23,12 @@ Dropout = Callable[[Array], Array]
 
 
 def keep_all(x: Array) -> Array:
-    """No dropout."""
+    """Return ``x`` unchanged: no dropout."""
     return x
 
 
 class Softmax(nnx.Module):
-    """Softmax regression: logits = pixels·Wᵀ + b, one row of W a class."""
+    """Softmax regression: logits = pixels·Wᵀ + b, with one row of W per class."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Softmax(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """A sequence of dense layers, ReLU after each but the last."""
+    """A sequence of dense layers, with ReLU after each but the last."""
 
     def __init__(
         self,
@@ -72,10 +72,10 @@ class MLP(nnx.Module):
 
 
 class CNN(nnx.Module):
-    """Convolution, 2×2 max-pool and ReLU for each of ``features``; dense with ReLU; dropout; dense.
+    """Convolution, 2×2 max-pooling and ReLU for each of ``features``; dense with ReLU; dropout; dense.
 
-    ``space_to_depth`` is the side of the blocks of pixels that become channels first: less work for the first
-    convolution, whose single input channel suits no matrix unit.
+    ``space_to_depth`` is the side of the blocks of pixels that first become channels. This speeds up the first
+    convolution, because a single input channel makes poor use of matrix units.
     """
 
     def __init__(
@@ -104,17 +104,16 @@ class CNN(nnx.Module):
             height, width = (-(-layers.output_size(size, side, padding) // 2) for size in (height, width))
         if height < 1 or width < 1:
             raise UserError(
-                f"the CNN has no pixel left of {shape[0]}×{shape[1]} after {len(features)} convolutions "
-                f"{padding} of kernels {kernels} and pools: "
-                "take a smaller model.kernel, fewer model.features, or model.padding SAME"
+                f"the CNN has no pixel left of {shape[0]}×{shape[1]} after {len(features)} {padding} convolutions "
+                f"with kernels {kernels} and pooling: use a smaller model.kernel, fewer model.features or padding SAME"
             )
         self.dense = layers.Dense(height * width * features[-1], dense, **initial)
         self.logits = layers.Dense(dense, classes, **initial)
 
     def feature_maps(self, images: Images) -> list[Float[Array, "b _ _ _"]]:
-        """What each convolution makes of the images, after pooling and ReLU: [b, height, width, features]."""
+        """Return the output of each convolution after pooling and ReLU: [b, height, width, features]."""
         x = layers.space_to_depth(layers.normalise(images), self.space_to_depth)
-        # The maximum of ReLUs is the ReLU of the maximum, at a quarter of the work.
+        # ReLU after pooling gives the same values with a quarter of the work.
         return [x := jax.nn.relu(conv(x, pool=True)) for conv in self.convs]
 
     def __call__(self, images: Images, dropout: Dropout = keep_all) -> Logits:
@@ -123,10 +122,9 @@ class CNN(nnx.Module):
 
 
 def first_weights(model: nnx.Module, shape: tuple[int, int] = (28, 28)) -> Float[np.ndarray, "n h w"] | None:
-    """The weights of the first layer of ``model`` as pictures of what each of its ``n`` outputs looks for.
+    """Return the weights of the first layer as ``n`` images, one per output; None for models not in this file.
 
-    A dense layer sees images of ``shape``. A convolution over blocks of pixels is laid out in pixels. None for models
-    other than those in this file.
+    A dense layer's weights have the ``shape`` of the images. Those of a convolution over blocks are unfolded to pixels.
     """
     match model:
         case Softmax():
@@ -143,7 +141,7 @@ def first_weights(model: nnx.Module, shape: tuple[int, int] = (28, 28)) -> Float
 
 
 def make_model(model: config.Model, shape: tuple[int, int], classes: int, rngs: nnx.Rngs) -> Softmax | MLP | CNN:
-    """The module that ``model`` describes, for images of ``shape`` (height, width) and so many ``classes``."""
+    """Return the module that ``model`` describes, for images of ``shape`` (height, width)."""
     common = {
         "shape": shape,
         "classes": classes,
@@ -170,17 +168,17 @@ def make_model(model: config.Model, shape: tuple[int, int], classes: int, rngs: 
 def with_weights(
     model: config.Model, shape: tuple[int, int], classes: int, weights: Mapping[str, np.ndarray]
 ) -> nnx.Module:
-    """The module of ``make_model`` with ``weights``, each named by the dotted path to its place, as "convs.0.kernel".
+    """Return the module of ``make_model`` with the given ``weights``, named by dotted paths such as "convs.0.kernel".
 
-    Raises UserError where their names, shapes or types are not those of the module.
+    Raise UserError if their names, shapes or dtypes differ from those of the module.
     """
     graphdef, variables = nnx.split(nnx.eval_shape(lambda: make_model(model, shape, classes, nnx.Rngs(0))))
     leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(variables))
-    wanted = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    if odd := sorted(wanted.keys() ^ weights.keys()):
-        raise UserError(f"the weights have {'no' if odd[0] in wanted else 'unknown'} {odd[0]!r}")
-    for name, leaf in wanted.items():
+    expected = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if wrong := sorted(expected.keys() ^ weights.keys()):
+        raise UserError(f"the weights have {'no' if wrong[0] in expected else 'unknown'} {wrong[0]!r}")
+    for name, leaf in expected.items():
         if (weights[name].shape, weights[name].dtype) != (leaf.shape, leaf.dtype):
-            is_, should = (f"{array.dtype} {list(array.shape)}" for array in (weights[name], leaf))
-            raise UserError(f"the weights {name} are {is_}, but their model has {should}")
-    return nnx.merge(graphdef, jax.tree.unflatten(tree, [jax.numpy.asarray(weights[name]) for name in wanted]))
+            found, needed = (f"{array.dtype} {list(array.shape)}" for array in (weights[name], leaf))
+            raise UserError(f"the weights {name} are {found}, but the model needs {needed}")
+    return nnx.merge(graphdef, jax.tree.unflatten(tree, [jax.numpy.asarray(weights[name]) for name in expected]))

@@ -1,4 +1,4 @@
-"""What is minimised and what is counted."""
+"""The loss, and which predictions are correct."""
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,15 @@ from flaxmnist import config
 def cross_entropy(
     objective: config.Objective, logits: Float[Array, "b classes"], labels: Int[Array, " b"]
 ) -> Float[Array, " b"]:
-    """The cross-entropy of each example, in nats.
+    """Return the cross-entropy of each image, in nats.
 
     ``form="logits"`` is log Σ exp(logits) − Σ y·logits, which never overflows. ``form="probabilities"`` is
-    −Σ y·log(softmax(logits)) as the formula is written: where a probability rounds to 0 it gives infinity or NaN.
-    It is kept for comparison. One-hot targets may be smoothed (Szegedy et al. 2016).
+    −Σ y·log(softmax(logits)), the formula as written, for comparison: infinity or NaN if a probability rounds to 0.
+    One-hot targets may be smoothed (Szegedy et al. 2016).
     """
     if objective.labels == "integer":
-        chosen = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=1) - chosen
+        label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+        return jax.nn.logsumexp(logits, axis=1) - label_logits
     targets = jax.nn.one_hot(labels, logits.shape[1])
     targets = (1 - objective.label_smoothing) * targets + objective.label_smoothing / logits.shape[1]
     if objective.form == "logits":
@@ -27,5 +27,5 @@ def cross_entropy(
 
 
 def correct(logits: Float[Array, "b classes"], labels: Int[Array, " b"]) -> Bool[Array, " b"]:
-    """Whether the largest logit is the label's."""
+    """Return True for each image whose largest logit is that of its label."""
     return jnp.argmax(logits, axis=1) == labels

@@ -1,4 +1,4 @@
-"""Optax from config."""
+"""Optax optimizers and schedules from a config."""
 
 from typing import Any
 
@@ -8,19 +8,19 @@ from optax.contrib import MuonDimensionNumbers
 
 from flaxmnist import config, fields
 
-# Root mean square of an update by Muon at rate 1, whatever the matrix: about that of Adam, so that one rate serves both
+# Root mean square of a Muon update at rate 1 for any matrix shape: about that of Adam, so that the same rates suit both
 # (Liu et al. 2025, "Muon is scalable for LLM training").
 MUON_RMS = 0.2
 
 
-def sides(params: Any) -> Any:
-    """Which axes of each parameter are a matrix's inputs and outputs; None for a vector, which Muon leaves to Nadam."""
-    kinds = {2: MuonDimensionNumbers(1, 0), 4: MuonDimensionNumbers((0, 1, 2), 3)}
-    return jax.tree.map(lambda leaf: kinds.get(leaf.ndim), params)
+def matrix_axes(params: Any) -> Any:
+    """Return the input and output axes of each parameter; None for vectors, which Muon leaves to Nadam."""
+    by_ndim = {2: MuonDimensionNumbers(1, 0), 4: MuonDimensionNumbers((0, 1, 2), 3)}
+    return jax.tree.map(lambda leaf: by_ndim.get(leaf.ndim), params)
 
 
 def schedule(optimizer: config.Optimizer, updates: int) -> optax.Schedule:
-    """The learning rate as a function of the number of updates done, over a run of ``updates``."""
+    """Return the learning rate as a function of the number of updates done, for a run of ``updates``."""
     rate = optimizer.learning_rate
     match optimizer.schedule:
         case config.Flat():
@@ -29,32 +29,31 @@ def schedule(optimizer: config.Optimizer, updates: int) -> optax.Schedule:
             decay = optax.cosine_decay_schedule(rate, max(1, updates - warmup), alpha=end)
             return optax.join_schedules([optax.linear_schedule(0, rate, warmup), decay], [warmup]) if warmup else decay
         case config.OneCycle(peak=peak, start_divisor=start, end_divisor=end):
-            # Optax divides the first rate, not the peak, by its final_div_factor.
+            # Optax divides the first rate, not the full rate, by its final_div_factor.
             return optax.cosine_onecycle_schedule(max(1, updates), rate, peak, start, end / start)
         case config.Exponential(decay=decay, every=every):
             return optax.exponential_decay(rate, every, decay)
 
 
 def make_optimizer(optimizer: config.Optimizer, updates: int) -> optax.GradientTransformation:
-    """The transformation that ``optimizer`` describes, for a run of ``updates`` updates.
+    """Return the transformation that ``optimizer`` describes, for a run of ``updates`` updates.
 
-    In order: clipping by global norm, SGD or Adam with its schedule; the whole on the mean of the gradients of
-    ``accumulate`` batches, where that is more than one.
+    It averages the gradients of ``accumulate`` batches, clips by global norm, and applies the optimizer.
     """
     rate = optimizer.learning_rate if isinstance(optimizer.schedule, config.Flat) else schedule(optimizer, updates)
     match optimizer:
         case config.SGD(momentum=momentum, nesterov=nesterov):
-            update = optax.sgd(rate, None if fields.is_off(momentum) else momentum, nesterov)
+            update = optax.sgd(rate, None if fields.is_zero(momentum) else momentum, nesterov)
         case config.Adam(b1=b1, b2=b2, eps=eps, weight_decay=decay):
-            plain = fields.is_off(decay)
-            update = optax.adam(rate, b1, b2, eps) if plain else optax.adamw(rate, b1, b2, eps, weight_decay=decay)
-        case config.Muon(momentum=momentum, newton_schulz_steps=count):
+            no_decay = fields.is_zero(decay)
+            update = optax.adam(rate, b1, b2, eps) if no_decay else optax.adamw(rate, b1, b2, eps, weight_decay=decay)
+        case config.Muon(momentum=momentum, newton_schulz_steps=iterations):
             update = optax.contrib.muon(
                 rate,
-                ns_steps=count,
+                ns_steps=iterations,
                 beta=momentum,
                 preconditioning="aol",
-                muon_weight_dimension_numbers=sides,
+                muon_weight_dimension_numbers=matrix_axes,
                 consistent_rms=MUON_RMS,
             )
     if optimizer.clip_norm is not None:

@@ -1,7 +1,6 @@
-"""The order in which training images are seen: a pure function of the config and the step.
+"""The order of the training images: a pure function of the config and the step.
 
-Nothing is carried from one step to the next, so a resumed run goes on in the middle of an epoch with nothing to
-restore.
+No state is carried between steps, so a run can resume in the middle of an epoch with nothing to restore.
 """
 
 import functools
@@ -16,39 +15,39 @@ from flaxmnist.errors import UserError
 
 @functools.lru_cache(maxsize=2)
 def permutation(order_seed: int, epoch: int, count: int) -> Int32[np.ndarray, " count"]:
-    """The numbers 0 … ``count`` − 1 shuffled by (``order_seed``, ``epoch``); they cannot be written to.
+    """Return the numbers 0 … ``count`` − 1, shuffled by (``order_seed``, ``epoch``), as a read-only array.
 
-    Philox is a generator that counts (Salmon et al. 2011), and NumPy promises that its raw output never changes;
-    NumPy's own ``permutation`` carries no such promise.
+    Philox is a counter-based generator (Salmon et al. 2011) whose raw output NumPy promises never to change. NumPy's
+    own ``permutation`` carries no such promise.
     """
     key = np.array([order_seed, epoch], np.uint64)
-    order = sort(np.random.Philox(key=key).random_raw(count)).astype(np.int32)
+    order = argsort(np.random.Philox(key=key).random_raw(count)).astype(np.int32)
     order.flags.writeable = False
     return order
 
 
-def sort(keys: UInt64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-    """The places of ``keys`` in ascending order, those of equal ones as they stand."""
-    # NumPy's fastest sort takes a fifth of the stable one's time, and differs from it for equal keys alone.
+def argsort(keys: UInt64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """Return the indices that sort ``keys``; equal keys keep their order."""
+    # NumPy's fastest sort takes a fifth of the stable one's time, and differs from it only for equal keys.
     order = np.argsort(keys)
     return order if np.all(np.diff(keys[order]) > 0) else np.argsort(keys, kind="stable")
 
 
 def steps_per_epoch(config: Config, count: int) -> int:
-    """Steps that ``count`` training images make; raises UserError where the dropped last batch leaves none."""
-    whole, rest = divmod(count, config.train.batch_size)
+    """Return the steps per epoch of ``count`` images; raise UserError if dropping the last batch leaves none."""
+    full_batches, remainder = divmod(count, config.train.batch_size)
     if config.data.last_batch == "keep":
-        return whole + (rest > 0)
-    if whole == 0:
+        return full_batches + (remainder > 0)
+    if full_batches == 0:
         raise UserError(
             f"train.batch_size {config.train.batch_size} is more than the {count} training images, so data.last_batch "
-            "drop leaves no batch: make train.batch_size smaller, or use --data.last-batch keep"
+            "drop leaves no batch: use a smaller train.batch_size, or --data.last-batch keep"
         )
-    return whole
+    return full_batches
 
 
-def resolve(config: Config, count: int) -> Config:
-    """``config`` with its length in steps, for ``count`` training images. Raises as ``steps_per_epoch``."""
+def resolve_length(config: Config, count: int) -> Config:
+    """Return ``config`` with its length in steps, for ``count`` training images. Raise as ``steps_per_epoch`` does."""
     if config.train.epochs is None:
         return config
     steps = config.train.epochs * steps_per_epoch(config, count)
@@ -56,18 +55,18 @@ def resolve(config: Config, count: int) -> Config:
 
 
 def batch_indices(config: Config, count: int, start: int, stop: int) -> Int32[np.ndarray, "steps batch"]:
-    """Which of ``count`` training images each step from ``start`` to before ``stop`` sees, by their place in the file.
+    """Return the indices of the training images, ``count`` in all, of the steps from ``start`` to ``stop`` − 1.
 
-    A short last batch is filled up with −1. Steps are those of the run: ``start`` is 0 at its beginning, and epochs
-    follow each other. Raises as ``steps_per_epoch``.
+    A short last batch is padded with −1. Steps are counted from the beginning of the run, across epochs. Raise as
+    ``steps_per_epoch`` does.
     """
-    per_epoch, size = steps_per_epoch(config, count), config.train.batch_size
+    epoch_length, batch_size = steps_per_epoch(config, count), config.train.batch_size
     seed = config.seed if config.data.order_seed is None else config.data.order_seed
-    indices = np.full((stop - start, size), -1, np.int32)
-    for epoch in range(start // per_epoch, -(-stop // per_epoch)):
-        origin = epoch * per_epoch
-        first, last = max(start, origin), min(stop, origin + per_epoch)
+    indices = np.full((stop - start, batch_size), -1, np.int32)
+    for epoch in range(start // epoch_length, -(-stop // epoch_length)):
+        epoch_start = epoch * epoch_length
+        first, last = max(start, epoch_start), min(stop, epoch_start + epoch_length)
         order = np.arange(count, dtype=np.int32) if config.data.order == "file" else permutation(seed, epoch, count)
-        images = order[(first - origin) * size : (last - origin) * size]
+        images = order[(first - epoch_start) * batch_size : (last - epoch_start) * batch_size]
         indices[first - start : last - start].reshape(-1)[: len(images)] = images
     return indices

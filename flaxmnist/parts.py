@@ -1,4 +1,4 @@
-"""What a sweep keeps: the finished members, in memory and in its folder."""
+"""Results of a sweep: finished trials in memory and in the sweep's folder."""
 
 import json
 import os
@@ -21,16 +21,16 @@ from flaxmnist.lock import Lock
 from flaxmnist.logs import logger, write_json
 from flaxmnist.statistics import title
 
-# Seconds after which finished members are saved.
+# Seconds between saves.
 SAVE_SECONDS = 30.0
 
-# What lies in the folder of a sweep.
+# Files and folders in a sweep's folder.
 CONTENTS = {"sweep.json", "parts", "curves.npz", "result.json", "plots", "report.html", "lock", "unfinished.npz"}
 
-# What a resumed sweep may run on.
+# Entries of sweep.json that may differ when a sweep is resumed.
 MAY_DIFFER = {"devices", "versions"}
 
-# The columns of curves, beside the number of the member.
+# The columns of curves, besides the index of the trial ("member").
 COLUMNS = {"step": np.int32, "validation": np.bool_, "loss": np.float32, "accuracy": np.float32}
 
 
@@ -38,274 +38,268 @@ COLUMNS = {"step": np.int32, "validation": np.bool_, "loss": np.float32, "accura
 class Sweep:
     """A finished sweep."""
 
-    result: dict[str, Any]  # what result.json holds
-    curves: dict[str, np.ndarray]  # columns "member", "step", "validation" (or training), "loss", "accuracy"
+    result: dict[str, Any]  # content of result.json
+    curves: dict[str, np.ndarray]  # columns "member", "step", "validation" (else training), "loss", "accuracy"
 
     @property
     def members(self) -> list[dict[str, Any]]:
-        """What became of each run, for pandas.DataFrame."""
+        """The result of each trial, for pandas.DataFrame."""
         return self.result["members"]
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """Accuracy by setting, on the images that "split" names: n, mean, std, ci95, min, max."""
+        """Statistics of each setting: n, mean, std, ci95, min, max of the accuracy on the images named by "split"."""
         return self.result["groups"]
 
 
 class Kept:
-    """Finished members in memory and, where there is a folder, in ``parts/*.npz``: results, curves, weights.
+    """Finished trials in memory and, if there is a folder, in ``parts/*.npz``: results, curves, weights.
 
-    Columns of NumPy's own format, which hold no code. (A checkpoint of orbax for each of a hundred small models would
+    The files are NumPy archives without pickled code. (An orbax checkpoint for each of a hundred small models would
     take longer than training them.)
     """
 
     def __init__(self, folder: Path | None, described: dict[str, Any], resume: bool, overwrite: bool):
         self.folder, self.described, self.saved_at = folder, described, time.monotonic()
-        self.results: dict[int, dict[str, Any]] = {}
+        self.results: dict[int, dict[str, Any]] = {}  # by trial index
         self.curves: dict[int, dict[str, list[float]]] = {}
-        self.unsaved: dict[int, Any] = {}  # weights
-        self.unwritten: list[dict[str, np.ndarray]] = []  # parts
-        self.at_work: dict[str, np.ndarray] = {}  # what members at work can be gone on from
+        self.unsaved_weights: dict[int, Any] = {}
+        self.unwritten: dict[str, dict[str, np.ndarray]] = {}  # arrays by file name
         self.seconds = self.unsaved_seconds = 0.0  # of training
         self.lock = Lock()
         if folder is None:
             return
         try:
-            self.begin(folder, described, resume, overwrite)
+            self.prepare(folder, resume, overwrite)
         except OSError as error:
-            raise folders.unwritable(folder, error) from None
+            raise folders.write_error(folder, error) from None
         for path in sorted(folder.glob("parts/*.npz")):
             try:
-                with folders.as_saved(path):
-                    self.take(read_part(path))
+                with folders.damage_as_user_error(path):
+                    self.load_part(read_part(path))
             except UserError as error:
-                logger.warning("%s: its members are trained again", error)
+                logger.warning("%s: its trials will be trained again", error)
                 path.rename(path.with_suffix(".damaged"))
         if self.results:
-            logger.info("going on with %d members finished", len(self.results))
+            logger.info("resuming: %d trials are finished", len(self.results))
 
-    def take(self, part: dict[str, Any]) -> None:
-        """Counts the members of a part as finished."""
-        for number, line in zip(part["numbers"], part["results"], strict=True):
-            self.results[int(number)] = json.loads(str(line))
-            mine = part["curves.member"] == number
-            self.curves[int(number)] = {name: part[f"curves.{name}"][mine].tolist() for name in COLUMNS}
+    def load_part(self, part: dict[str, Any]) -> None:
+        for index, line in zip(part["numbers"], part["results"], strict=True):
+            self.results[int(index)] = json.loads(str(line))
+            rows = part["curves.member"] == index
+            self.curves[int(index)] = {name: part[f"curves.{name}"][rows].tolist() for name in COLUMNS}
         self.seconds += float(part["seconds"])
 
-    def begin(self, folder: Path, described: dict[str, Any], resume: bool, overwrite: bool) -> None:
-        """Makes ``folder`` ready. Raises UserError where something else lies there."""
+    def prepare(self, folder: Path, resume: bool, overwrite: bool) -> None:
+        """Create or empty ``folder``, or check that the sweep in it can be resumed. Raise UserError or OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in folder.iterdir()}
         if found and not (resume or overwrite):
             raise UserError(
-                f"{folder} is not empty: give --resume to go on there, --overwrite to begin anew, or another --workdir"
+                f"{folder} is not empty: pass --resume to continue, --overwrite to start from scratch, or another "
+                "--workdir"
             )
         if not {name.removesuffix(".tmp") for name in found} <= CONTENTS:
-            raise UserError(f"{folder} is not the folder of a sweep: give another --workdir")
+            raise UserError(f"{folder} is not the folder of a sweep: use another --workdir")
         self.lock.take(folder)
         if overwrite:
             for name in found - {"lock"}:
                 shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
         elif "sweep.json" in found:
             before = folders.read_json(folder / "sweep.json")
-            told = json.loads(json.dumps(described))
-            changed = [name for name in told.keys() - MAY_DIFFER if before.get(name) != told[name]]
+            now = json.loads(json.dumps(self.described))
+            changed = [name for name in now.keys() - MAY_DIFFER if before.get(name) != now[name]]
             if changed:
                 raise UserError(
-                    f"{folder} was begun with other {', '.join(changed)}: give the same, or another --workdir"
+                    f"{folder} was started with different {', '.join(changed)}: use the same, or another --workdir"
                 )
         (folder / "parts").mkdir(exist_ok=True)
-        write_json(folder / "sweep.json", described)
+        write_json(folder / "sweep.json", self.described)
 
-    def add(self, number: int, line: dict[str, Any], curves: dict[str, list[Any]], weights: Any) -> None:
-        """A finished member: its line in result.json, its curves by column, its weights as nested dicts."""
-        self.results[number], self.curves[number] = line, curves
-        self.unsaved[number] = jax.device_get(weights)
+    def add(self, index: int, line: dict[str, Any], curves: dict[str, list[Any]], weights: Any) -> None:
+        """Add a finished trial: its entry in result.json, its curves by column, its weights as nested dicts."""
+        self.results[index], self.curves[index] = line, curves
+        self.unsaved_weights[index] = jax.device_get(weights)
 
-    def spend(self, seconds: float) -> None:
-        """Counts seconds of training, and saves what was added if the last time is a while ago."""
+    def add_seconds(self, seconds: float) -> None:
+        """Add seconds of training; save the finished trials if the last save is SAVE_SECONDS ago."""
         self.seconds += seconds
         self.unsaved_seconds += seconds
         if time.monotonic() - self.saved_at > SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Saves what is not saved yet, all of one shape. A failure is told, and the next time it is tried again."""
+        """Save the unsaved trials, whose weights must have equal shapes. On failure, warn; the next call retries."""
         self.saved_at = time.monotonic()
         if self.folder is not None:
-            if self.unsaved:
-                self.unwritten.append(self.part())
+            if self.unsaved_weights:
+                self.unwritten[f"parts/{next(iter(self.unsaved_weights)):05d}.npz"] = self.make_part()
             try:
                 self.write(self.folder)
             except OSError as error:
-                logger.warning("cannot save to %s (%s): tried again later", self.folder, error.strerror or error)
-        self.unsaved, self.unsaved_seconds = {}, 0.0
+                logger.warning("cannot save to %s (%s): retrying later", self.folder, error.strerror or error)
+        self.unsaved_weights, self.unsaved_seconds = {}, 0.0
 
-    def save_unfinished(self, numbers: list[int], arrays: Callable[[], dict[str, np.ndarray]], now: bool) -> None:
-        """Saves what members that are at work can be gone on from, ``now`` or if the last time is a while ago."""
+    def save_unfinished(self, indices: list[int], arrays: Callable[[], dict[str, np.ndarray]], now: bool) -> None:
+        """Save the state of unfinished trials if ``now`` is True or the last save is SAVE_SECONDS ago."""
         if self.folder is not None and (now or time.monotonic() - self.saved_at > SAVE_SECONDS):
-            self.at_work = {"numbers": np.array(numbers), **arrays()}
+            self.unwritten["unfinished.npz"] = {"numbers": np.array(indices), **arrays()}
             self.save()
 
-    def unfinished(self, numbers: list[int]) -> dict[str, np.ndarray] | None:
-        """What was saved of the members ``numbers`` at work; None where there is nothing, or it is damaged."""
+    def load_unfinished(self, indices: list[int]) -> dict[str, np.ndarray] | None:
+        """Return the saved state of the unfinished trials ``indices``; None if there is none or it is damaged."""
         path = self.folder and self.folder / "unfinished.npz"
         if path is None or not path.exists():
             return None
         try:
-            with folders.as_saved(path):
+            with folders.damage_as_user_error(path):
                 arrays = read_part(path)
-                if arrays["numbers"].tolist() != numbers or "told" not in arrays:
+                if arrays["numbers"].tolist() != indices or "told" not in arrays:
                     return None
         except UserError as error:
-            logger.warning("%s: its members are trained again", error)
+            logger.warning("%s: its trials will be trained again", error)
             return None
-        logger.info("going on with %d members that were at work", len(numbers))
+        logger.info("resuming %d unfinished trials", len(indices))
         return arrays
 
-    def part(self) -> dict[str, np.ndarray]:
-        """What is not saved yet, as one part."""
-        numbers = list(self.unsaved)
+    def make_part(self) -> dict[str, np.ndarray]:
+        """Return the unsaved trials as the arrays of one file; weights are stacked along a first axis."""
+        indices = list(self.unsaved_weights)
         part: dict[str, np.ndarray] = {
-            "numbers": np.array(numbers),
-            "results": np.array([json.dumps(self.results[number]) for number in numbers]),
+            "numbers": np.array(indices),
+            "results": np.array([json.dumps(self.results[index]) for index in indices]),
             "seconds": np.array(self.unsaved_seconds),
         }
-        part |= {f"curves.{name}": column for name, column in self.columns(numbers).items()}
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *self.unsaved.values())
+        part |= {f"curves.{name}": column for name, column in self.concatenate_curves(indices).items()}
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *self.unsaved_weights.values())
         for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
             part[f"weights.{jax.tree_util.keystr(path, simple=True, separator='.')}"] = leaf
         return part
 
     def write(self, folder: Path) -> None:
-        """Writes what is not written yet. Raises OSError."""
+        """Write the unwritten files. Raise OSError."""
         self.lock.check()
-        while self.unwritten:
-            write_arrays(folder / f"parts/{self.unwritten[0]['numbers'][0]:05d}.npz", self.unwritten[0])
-            del self.unwritten[0]
-        if self.at_work:
-            write_arrays(folder / "unfinished.npz", self.at_work)
-            self.at_work = {}
+        for name in list(self.unwritten):
+            write_arrays(folder / name, self.unwritten[name])
+            del self.unwritten[name]
 
-    def settle(self) -> None:
-        """Returns when everything is on the disk; else keeps it elsewhere, and raises UserError."""
+    def flush(self) -> None:
+        """Write everything to the folder; if that fails, write it elsewhere and raise UserError."""
         if self.folder is not None:
-            folders.persist(self.folder, partial(self.write, self.folder), self.rescue)
+            folders.save_or_rescue(self.folder, partial(self.write, self.folder), self.rescue)
 
     def rescue(self, elsewhere: Path) -> str:
-        """Keeps in ``elsewhere`` what is not written yet; returns how to go on. Raises OSError."""
+        """Write the unwritten files to ``elsewhere``; return instructions to resume. Raise OSError."""
         (elsewhere / "parts").mkdir()
-        for part in self.unwritten:
-            write_arrays(elsewhere / f"parts/{part['numbers'][0]:05d}.npz", part)
-        if self.at_work:
-            write_arrays(elsewhere / "unfinished.npz", self.at_work)
-        return f"what is not there is kept in {elsewhere}: copy it to {self.folder}, and --resume goes on"
+        for name, arrays in self.unwritten.items():
+            write_arrays(elsewhere / name, arrays)
+        return f"unsaved results are in {elsewhere}: copy them to {self.folder} and use --resume"
 
-    def columns(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
-        """The curves of members, one under the other."""
-        lengths = [len(self.curves[number]["step"]) for number in numbers]
-        columns = {"member": np.repeat(numbers, lengths)}
-        for name, kind in COLUMNS.items():
-            columns[name] = np.array([x for number in numbers for x in self.curves[number][name]], kind)
+    def concatenate_curves(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """Return the curves of all trials ``indices`` as columns."""
+        lengths = [len(self.curves[index]["step"]) for index in indices]
+        columns = {"member": np.repeat(indices, lengths)}
+        for name, dtype in COLUMNS.items():
+            columns[name] = np.array([x for index in indices for x in self.curves[index][name]], dtype)
         return columns
 
     def finish(self, steps: int) -> Sweep:
-        """All results together, written once all members are finished, after so many ``steps`` of theirs."""
-        lines = [self.results[number] for number in sorted(self.results)]
+        """Return and write the results of all trials, which took ``steps`` steps in total."""
+        lines = [self.results[index] for index in sorted(self.results)]
         settings = self.described["settings"]
         result = {
             "experiments": [config["name"] for config in self.described["experiments"]],
             "seeds": self.described["seeds"],
-            "over": {name: list(dict.fromkeys(each[name] for each in settings)) for name in settings[0]},
+            "over": {name: list(dict.fromkeys(setting[name] for setting in settings)) for name in settings[0]},
             "members": lines,
             **statistics.summaries(lines),
             "replica_steps_per_second": steps / self.seconds,
         }
-        curves = self.columns(sorted(self.results))
+        curves = self.concatenate_curves(sorted(self.results))
         if len({line["params_sha256"] for line in lines}) < len(lines):
-            logger.warning("some members ended with the same parameters: nothing in them depends on what was varied")
+            logger.warning("some trials have identical final parameters: seed or swept fields have no effect on them")
         if self.folder is not None:
             try:
                 (self.folder / "unfinished.npz").unlink(missing_ok=True)
                 write_arrays(self.folder / "curves.npz", curves)
                 write_json(self.folder / "result.json", result)
             except OSError as error:
-                raise folders.unwritable(self.folder, error) from None
+                raise folders.write_error(self.folder, error) from None
         return Sweep(result, curves)
 
 
 def report(swept: Sweep) -> str:
-    """The settings as a table, and what is to be said of the best."""
+    """Return a table of the settings, the failed trials, the best setting and the comparisons with it, as text."""
     rows: list[tuple[str, ...]] = [("setting", "n", "mean", "std", "95 % interval", "min", "max", "failed")]
     for group in swept.groups:
         numbers = [group["mean"], group["std"], *(group["ci95"] or (None, None)), group["min"], group["max"]]
         mean, std, low, high, least, most = ("" if x is None else f"{x:.4f}" for x in numbers)
         interval = f"{low} – {high}" if low else ""
         rows.append((title(group), str(group["n"]), mean, std, interval, least, most, str(group["failed"] or "")))
-    told = [f"{swept.groups[0]['split']} accuracy by setting", "", inspection.table(rows), ""]
-    for line in swept.members:
-        if line["failed"] is not None:
-            told.append(f"failed: {title(line)}, seed {line['seed']}: {line['failed']}")
+    lines = [f"{swept.groups[0]['split']} accuracy by setting", "", inspection.format_table(rows), ""]
+    for trial in swept.members:
+        if trial["failed"] is not None:
+            lines.append(f"failed: {title(trial)}, seed {trial['seed']}: {trial['failed']}")
     best = swept.result["best"]
     if best is not None:
         test = best["test"]
         spread = "" if test["std"] is None else f" ± {test['std']:.4f} (std)"
-        told.append(f"best: {title(best)}: test accuracy {test['mean']:.4f}{spread}, n = {test['n']}")
-    for other in swept.result["comparisons"]:
-        if other["ci95"] is not None:
-            low, high = other["ci95"]
-            tested = "" if other["p_value"] is None else f", p = {other['p_value']:.2g}"
-            told.append(
-                f"{title(other)}: {other['mean']:+.4f} [{low:+.4f}, {high:+.4f}] beside {other['reference']}, "
-                f"same seeds{tested}"
+        lines.append(f"best: {title(best)}: test accuracy {test['mean']:.4f}{spread}, n = {test['n']}")
+    for comparison in swept.result["comparisons"]:
+        if comparison["ci95"] is not None:
+            low, high = comparison["ci95"]
+            p_value = "" if comparison["p_value"] is None else f", p = {comparison['p_value']:.2g}"
+            lines.append(
+                f"{title(comparison)}: {comparison['mean']:+.4f} [{low:+.4f}, {high:+.4f}] compared with "
+                f"{comparison['reference']}, same seeds{p_value}"
             )
-    told.append(f"{swept.result['replica_steps_per_second']:,.0f} steps/s of all runs together")
-    return "\n".join(told)
+    lines.append(f"{swept.result['replica_steps_per_second']:,.0f} steps/s, all trials together")
+    return "\n".join(lines)
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes ``arrays`` to ``path`` at once."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
+    """Write ``arrays`` to ``path`` atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    temporary.replace(path)
 
 
 def read_part(path: Path) -> dict[str, np.ndarray]:
-    """A part of a sweep. Raises UserError where it is damaged."""
+    """Return the arrays in ``path``. Raise UserError if the file is damaged."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except Exception as error:  # NumPy and zipfile raise all kinds
+    except Exception as error:  # NumPy and zipfile raise many types
         raise UserError(f"{path} is damaged ({error})") from None
 
 
 def load_sweep(folder: Path) -> Sweep:
-    """The finished sweep in ``folder``. Raises UserError where it is not finished, or damaged."""
+    """Load the finished sweep in ``folder``. Raise UserError if it is unfinished or damaged."""
     if not (folder / "result.json").exists():
-        raise UserError(f"{folder} is not finished: go on with the sweep, with --resume")
+        raise UserError(f"{folder} is not finished: continue the sweep with --resume")
     return Sweep(folders.read_json(folder / "result.json"), read_part(folder / "curves.npz"))
 
 
-def load_members(folder: Path) -> list[tuple[dict[str, Any], nnx.Module]]:
-    """Each finished member of the sweep in ``folder``: its line in result.json and its model, in order.
+def load_trials(folder: Path) -> list[tuple[dict[str, Any], nnx.Module]]:
+    """Load each finished trial of the sweep in ``folder``, in order: its entry in result.json and its model.
 
-    Raises UserError where a part is damaged, which --resume mends.
+    Raise UserError if a part is damaged; resuming the sweep repairs it.
     """
-    about = folders.read_json(folder / "sweep.json")
-    shells, found = {}, {}
-    for config, data in zip(about["experiments"], about["data"], strict=True):
-        shells[config["name"]] = fields.from_json(config, Config), data
+    described = folders.read_json(folder / "sweep.json")
+    experiments, trials = {}, {}
+    for config, data in zip(described["experiments"], described["data"], strict=True):
+        experiments[config["name"]] = fields.from_json(config, Config), data
     for part in map(read_part, sorted(folder.glob("parts/*.npz"))):
-        for place, (number, text) in enumerate(zip(part["numbers"], part["results"], strict=True)):
+        for row, (index, text) in enumerate(zip(part["numbers"], part["results"], strict=True)):
             line = json.loads(str(text))
-            config, data = shells[line["experiment"]]
+            config, data = experiments[line["experiment"]]
             for name, value in line["fields"].items():
-                config = fields.put(config, name, value, check=False)
+                config = fields.replace(config, name, value, check=False)
             stacked = {name: array for name, array in part.items() if name.startswith("weights.")}
-            weights = {name.removeprefix("weights."): array[place] for name, array in stacked.items()}
+            weights = {name.removeprefix("weights."): array[row] for name, array in stacked.items()}
             model = models.with_weights(config.model, tuple(data["shape"]), data["classes"], weights)
-            found[int(number)] = line, model
-    return [found[number] for number in sorted(found)]
+            trials[int(index)] = line, model
+    return [trials[index] for index in sorted(trials)]

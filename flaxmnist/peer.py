@@ -1,6 +1,7 @@
-"""The same experiments in PyTorch, to race against. PyTorch is no dependency: install it to use this.
+"""The same experiments in PyTorch, for speed comparisons. PyTorch is not a dependency: install it to use this module.
 
-It runs in a process of its own, as its users run it: neither then runs on threads or memory that the other set up.
+PyTorch runs in a separate process, as its users run it, so that neither library uses threads or memory that the other
+has set up.
 """
 
 import importlib.util
@@ -14,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from flaxmnist import config, order
-from flaxmnist.config import Config, load_experiment
+from flaxmnist import order
+from flaxmnist.config import CNN, MLP, SGD, Adam, Config, Model, Muon, Optimizer, Softmax, load_experiment
 from flaxmnist.data import Dataset, load_data
 from flaxmnist.errors import UserError
 
@@ -24,37 +25,36 @@ MODES = ("eager", "compiled")
 
 @contextmanager
 def trainers(experiment: Path, data_dir: Path | None) -> Iterator[dict[str, Callable[[int], None]]]:
-    """PyTorch's two ways of training ``experiment``, op by op and compiled, as functions of a number of steps.
+    """Yield one function per PyTorch mode (eager and compiled) that trains ``experiment`` for a number of steps.
 
-    None of them where the optimizer is Muon, which PyTorch has for dense layers only. Raises UserError where there is
-    no PyTorch.
+    Yield none if the optimizer is Muon, which PyTorch has for dense layers only. Raise UserError if PyTorch is missing.
     """
     if importlib.util.find_spec("torch") is None:
-        raise UserError("--peer torch needs PyTorch, which is no dependency: pip install torch")
-    if isinstance(load_experiment(experiment).optimizer, config.Muon):
+        raise UserError("--peer torch needs PyTorch, which is not installed: pip install torch")
+    if isinstance(load_experiment(experiment).optimizer, Muon):
         yield {}
         return
     command = [sys.executable, "-m", "flaxmnist.peer", str(experiment), *([str(data_dir)] if data_dir else [])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        requests, answers = process.stdin, process.stdout
+        requests, replies = process.stdin, process.stdout
         assert requests is not None
-        assert answers is not None
+        assert replies is not None
 
         def train(mode: str, count: int) -> None:
             with suppress(BrokenPipeError):
                 print(mode, count, file=requests, flush=True)
-            if answers.readline() != "done\n":
-                raise UserError("the process of PyTorch ended: what it said last stands above")
+            if replies.readline() != "done\n":
+                raise UserError("the PyTorch process ended early: see its last messages above")
 
         yield {f"torch {mode}": partial(train, mode) for mode in MODES}
         requests.close()
 
 
 def serve(experiment: Path, data_dir: Path | None) -> None:
-    """Trains as each line of standard input says, a mode and a number of steps, and answers each with a line."""
+    """Train for each line of standard input, a mode and a number of steps, and print "done" after each."""
     config = load_experiment(experiment)
     data = load_data(config.data, data_dir)
-    config = order.resolve(config, len(data.train.labels))
+    config = order.resolve_length(config, len(data.train.labels))
     trainers = {mode: trainer(config, data, mode == "compiled") for mode in MODES}
     for request in sys.stdin:
         mode, count = request.split()
@@ -62,13 +62,13 @@ def serve(experiment: Path, data_dir: Path | None) -> None:
         print("done", flush=True)
 
 
-def trainer(experiment: Config, data: Dataset, compiled: bool) -> Callable[[int], None]:
-    """One way of training ``experiment``: images stay on the device, convolutions are channels-last."""
+def trainer(config: Config, data: Dataset, compiled: bool) -> Callable[[int], None]:
+    """Return a function that trains for a number of steps. Images stay on the device; the layout is channels-last."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = make_model(experiment.model, data).to(device=device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(experiment.optimizer, model)
+    model = make_model(config.model, data).to(device=device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(config.optimizer, model)
     images = torch.from_numpy(np.array(data.train.images)).permute(0, 3, 1, 2).to(device)
     labels = torch.from_numpy(np.array(data.train.labels)).long().to(device)
 
@@ -76,58 +76,58 @@ def trainer(experiment: Config, data: Dataset, compiled: bool) -> Callable[[int]
         return torch.nn.functional.cross_entropy(model(x / 255), y)
 
     loss_of = torch.compile(loss_of) if compiled else loss_of
-    done = 0
+    step = 0
 
     def train(count: int) -> None:
-        nonlocal done
-        for row in order.batch_indices(experiment, len(labels), done, done + count):
-            # An epoch's short batch is filled up, since another shape would be compiled anew.
-            chosen = torch.from_numpy(np.maximum(row, 0)).to(device)
+        nonlocal step
+        for row in order.batch_indices(config, len(labels), step, step + count):
+            # The padding of a short last batch (−1) becomes image 0: another batch shape would be compiled again.
+            indices = torch.from_numpy(np.maximum(row, 0)).to(device)
             optimizer.zero_grad(set_to_none=True)
-            loss_of(images[chosen], labels[chosen]).backward()
+            loss_of(images[indices], labels[indices]).backward()
             optimizer.step()
-        done += count
+        step += count
         if device == "cuda":
             torch.cuda.synchronize()
 
     return train
 
 
-def make_model(model: config.Model, data: Dataset) -> Any:
-    """``model`` as a PyTorch module with its own initial values, which do not matter for speed."""
+def make_model(model: Model, data: Dataset) -> Any:
+    """Return ``model`` as a PyTorch module. It has PyTorch's initial values, which do not matter for speed."""
     import torch
     from torch import nn
 
     height, width = data.train.images.shape[1:3]
     match model:
-        case config.Softmax():
+        case Softmax():
             return nn.Sequential(nn.Flatten(), nn.Linear(height * width, data.classes))
-        case config.MLP(hidden=hidden):
+        case MLP(hidden=hidden):
             sizes = [height * width, *hidden]
-            inner = [part for pair in zip(sizes, hidden, strict=False) for part in (nn.Linear(*pair), nn.ReLU())]
+            inner = [layer for pair in zip(sizes, hidden, strict=False) for layer in (nn.Linear(*pair), nn.ReLU())]
             return nn.Sequential(nn.Flatten(), *inner, nn.Linear(sizes[-1], data.classes))
-        case config.CNN(features=features, kernel=kernel, dense=dense):
-            parts: list[Any] = [nn.PixelUnshuffle(model.space_to_depth)] if model.space_to_depth > 1 else []
-            for number, outputs in enumerate(features):
-                side = kernel[number % len(kernel)]
-                parts += [nn.LazyConv2d(outputs, side, padding=model.padding.lower()), nn.ReLU()]
-                parts += [nn.MaxPool2d(2, ceil_mode=True)]
-            parts += [nn.Flatten(), nn.LazyLinear(dense), nn.ReLU(), nn.Dropout(model.dropout)]
-            network = nn.Sequential(*parts, nn.Linear(dense, data.classes))
-            network(torch.zeros(1, 1, height, width))
+        case CNN(features=features, kernel=kernel, dense=dense):
+            layers: list[Any] = [nn.PixelUnshuffle(model.space_to_depth)] if model.space_to_depth > 1 else []
+            for i, channels in enumerate(features):
+                side = kernel[i % len(kernel)]
+                layers += [nn.LazyConv2d(channels, side, padding=model.padding.lower()), nn.ReLU()]
+                layers += [nn.MaxPool2d(2, ceil_mode=True)]
+            layers += [nn.Flatten(), nn.LazyLinear(dense), nn.ReLU(), nn.Dropout(model.dropout)]
+            network = nn.Sequential(*layers, nn.Linear(dense, data.classes))
+            network(torch.zeros(1, 1, height, width))  # sets the shapes of the lazy layers
             return network
 
 
-def make_optimizer(optimizer: config.Optimizer, model: Any) -> Any:
-    """``optimizer``, SGD or Adam, in PyTorch, in its fused form, at its full rate."""
+def make_optimizer(optimizer: Optimizer, model: Any) -> Any:
+    """Return the fused PyTorch form of ``optimizer``, SGD or Adam, with a constant learning rate."""
     import torch
 
     match optimizer:
-        case config.SGD(learning_rate=rate, momentum=momentum, nesterov=nesterov):
+        case SGD(learning_rate=rate, momentum=momentum, nesterov=nesterov):
             return torch.optim.SGD(model.parameters(), rate, momentum, nesterov=nesterov, fused=True)
-        case config.Adam(learning_rate=rate, b1=b1, b2=b2, eps=eps, weight_decay=decay):
-            kind = torch.optim.AdamW if decay else torch.optim.Adam
-            return kind(model.parameters(), rate, (b1, b2), eps, decay, fused=True)
+        case Adam(learning_rate=rate, b1=b1, b2=b2, eps=eps, weight_decay=decay):
+            adam = torch.optim.AdamW if decay else torch.optim.Adam
+            return adam(model.parameters(), rate, (b1, b2), eps, decay, fused=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures, each a function that returns a matplotlib figure: of data, runs, models, answers and sweeps."""
+"""Plots of data, runs, models, predictions and sweeps: each function returns a matplotlib figure."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -10,65 +10,64 @@ from jaxtyping import Float, Int, Num
 from flaxmnist import evaluation, models
 from flaxmnist.errors import UserError
 from flaxmnist.figures import (
-    AMOUNT,
     COLOURS,
-    INK,
+    DIVERGING_CMAP,
+    IMAGE_CMAP,
     MARKERS,
-    MOST_TILES,
-    SIGN,
-    explain,
+    MAX_TILES,
+    SEQUENTIAL_CMAP,
+    add_legend,
+    count_shown,
     figure,
     plot,
     sheet,
-    short,
-    shown_of,
-    tiled,
+    shorten,
+    tile_axes,
 )
 from flaxmnist.layers import Images
 from flaxmnist.parts import Sweep
 from flaxmnist.results import Run
 from flaxmnist.statistics import summarise, wilson
-from flaxmnist.trained import Reading
+from flaxmnist.trained import FilePrediction
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Classes of a confusion matrix whose counts can be read.
-MOST_NUMBERED = 30
+# Largest number of classes for which a confusion matrix has readable counts.
+MAX_NUMBERED = 30
 
 # --- Data -----------------------------------------------------------------------------------------------------------
 
 
-def examples(images: Images, labels: Int[np.ndarray, " n"], each: int = 12) -> "Figure":
-    """The first ``each`` images of each class, a row a class."""
+def examples(images: Images, labels: Int[np.ndarray, " n"], per_class: int = 12) -> "Figure":
+    """Draw the first ``per_class`` images of each class, one row per class."""
     classes, (height, width) = int(labels.max()) + 1, images.shape[1:3]
-    rows = np.zeros((classes, each, height, width))
-    for number, row in enumerate(rows):
-        mine = np.asarray(images[labels == number][:each, :, :, 0])
-        row[: len(mine)] = mine
-    drawn, axes = plot(0.55 * each + 0.6, 0.55 * classes + 0.4)
-    axes.imshow(sheet(rows.reshape(-1, height, width), each), cmap=INK)
-    axes.set_yticks((height + 1) * (np.arange(classes) + 0.5) - 1, [str(number) for number in range(classes)])
+    rows = np.zeros((classes, per_class, height, width))
+    for label, row in enumerate(rows):
+        chosen = np.asarray(images[labels == label][:per_class, :, :, 0])
+        row[: len(chosen)] = chosen
+    fig, axes = plot(0.55 * per_class + 0.6, 0.55 * classes + 0.4)
+    axes.imshow(sheet(rows.reshape(-1, height, width), per_class), cmap=IMAGE_CMAP)
+    axes.set_yticks((height + 1) * (np.arange(classes) + 0.5) - 1, [str(label) for label in range(classes)])
     axes.set_xticks([])
     axes.set_ylabel("class")
-    return drawn
+    return fig
 
 
 def digit(image: Num[np.ndarray, "h w 1"], label: int | None = None) -> "Figure":
-    """One image, with the values of its pixels as a colour bar."""
-    drawn, axes = plot(5, 4.2)
-    shown = axes.imshow(image[:, :, 0], cmap=INK)
-    drawn.colorbar(shown, label="value of a pixel")
+    """Draw one image, with a colour bar of its pixel values."""
+    fig, axes = plot(5, 4.2)
+    fig.colorbar(axes.imshow(image[:, :, 0], cmap=IMAGE_CMAP), label="pixel value")
     axes.set_xlabel("column (pixels)")
     axes.set_ylabel("row (pixels)")
     if label is not None:
         axes.set_title(f"label {label}")
-    return drawn
+    return fig
 
 
 def values(images: Images) -> "Figure":
-    """How often pixels have which value, and the range that they lie in."""
-    drawn, axes = plot(7, 3.5)
+    """Draw a histogram of the pixel values, with their range in the title."""
+    fig, axes = plot(7, 3.5)
     pixels = np.asarray(images).ravel()
     if pixels.dtype == np.uint8:
         counts, edges = np.bincount(pixels, minlength=256), np.arange(257)
@@ -76,338 +75,331 @@ def values(images: Images) -> "Figure":
         counts, edges = np.histogram(pixels, 256)
     axes.stairs(counts / len(pixels), edges, fill=True, color=COLOURS[0])
     axes.set_yscale("log")
-    axes.set_xlabel("value of a pixel")
-    axes.set_ylabel("share of all pixels")
+    axes.set_xlabel("pixel value")
+    axes.set_ylabel("fraction of all pixels")
     count, height, width = images.shape[:3]
-    least, most, mean = pixels.min(), pixels.max(), pixels.mean()
-    sizes = f"{count:,} images of {height}×{width} pixels, {images.dtype}"
-    axes.set_title(f"{sizes}: {least:.3g} to {most:.3g}, mean {mean:.3g}", fontsize=10)
-    return drawn
+    low, high, mean = pixels.min(), pixels.max(), pixels.mean()
+    description = f"{count:,} images of {height}×{width} pixels, {images.dtype}"
+    axes.set_title(f"{description}: {low:.3g} to {high:.3g}, mean {mean:.3g}", fontsize=10)
+    return fig
 
 
 # --- Runs -----------------------------------------------------------------------------------------------------------
 
 
-def columns(run: Run, split: str, *names: str) -> list[np.ndarray]:
-    """Values of the run's records of ``split``, each name a column."""
-    mine = [record for record in run.history if record["split"] == split]
-    return [np.array([record[name] for record in mine], float) for name in names]
+def history_columns(run: Run, split: str, *names: str) -> list[np.ndarray]:
+    """Return one array per name, with the values in the run's records of ``split``."""
+    records = [record for record in run.history if record["split"] == split]
+    return [np.array([record[name] for record in records], float) for name in names]
 
 
 def batch_costs(run: Run) -> "Figure":
-    """The cost of every batch that was recorded, a curve an epoch over the batches of an epoch.
+    """Draw the cost of every recorded batch against its position in the epoch, one curve per epoch.
 
-    Raises UserError where fewer than two were.
+    Raise UserError if fewer than two batches were recorded.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    drawn, axes = plot()
-    step, cost = columns(run, "train", "step", "loss")
+    fig, axes = plot()
+    step, cost = history_columns(run, "train", "step", "loss")
     if len(step) < 2:
-        raise UserError("one batch is no curve: record more of them, with a smaller train.log_every")
+        raise UserError("fewer than two batches were recorded: use a smaller train.log_every")
     epoch, batch = np.divmod(step, run.epoch_length)
     epochs, sizes = np.unique(epoch, return_counts=True)
     count = len(epochs)
-    colours = colormaps[AMOUNT](np.linspace(0.15, 1, count)) if count > 1 else [COLOURS[0]]
+    colours = colormaps[SEQUENTIAL_CMAP](np.linspace(0.15, 1, count)) if count > 1 else [COLOURS[0]]
     marker = "." if max(sizes) < 30 else None
     for number, colour in zip(epochs, colours, strict=True):
         axes.plot(batch[epoch == number], cost[epoch == number], "-", color=colour, linewidth=0.8, marker=marker)
     if count > 1:
         bounds = BoundaryNorm([*(epochs + 0.5), epochs[-1] + 1.5], count)
-        bar = drawn.colorbar(ScalarMappable(bounds, ListedColormap(colours)), ax=axes, label="epoch")
-        bar.set_ticks(
-            [float(epochs[place]) + 1 for place in np.unique(np.linspace(0, count - 1, min(count, 8)).astype(int))]
-        )
+        bar = fig.colorbar(ScalarMappable(bounds, ListedColormap(colours)), ax=axes, label="epoch")
+        ticks = np.unique(np.linspace(0, count - 1, min(count, 8)).astype(int))
+        bar.set_ticks([float(epoch) + 1 for epoch in epochs[ticks]])
         bar.minorticks_off()
     if cost.min() > 0 and cost.max() / cost.min() > 10:
         axes.set_yscale("log")
-    axes.set_xlabel(f"batch of the epoch ({run.config.train.batch_size} images each)")
-    axes.set_ylabel("cost (nats an image)")
-    return drawn
+    axes.set_xlabel(f"batch within the epoch ({run.config.train.batch_size} images per batch)")
+    axes.set_ylabel("cost (nats per image)")
+    return fig
 
 
 def history(runs: Run | Mapping[str, Run]) -> "Figure":
-    """Cost and accuracy against the epoch, training and validation; several runs by name, a colour each."""
-    several = runs if isinstance(runs, Mapping) else {"": runs}
-    drawn = figure(7, 6.5)
-    above, below = drawn.subplots(2, sharex=True)
-    for number, (name, run) in enumerate(several.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
-        shown = {"training": (training(run), "-", colour), "validation": (evaluations(run), "--", colour)}
-        if not name:
-            shown["validation"] = (evaluations(run), "--", COLOURS[1])
-        for split, ((epoch, loss, accuracy), style, shade) in shown.items():
-            told = f"{short(name)}, {split}" if name else split
-            common = {"linestyle": style, "color": shade, "label": told, "marker": marker, "markersize": 4}
-            common["markevery"] = max(1, len(epoch) // 20)
-            common["markerfacecolor"] = shade if split == "training" else "white"
-            if len(epoch):
-                above.plot(epoch, loss, **common)
-                below.plot(epoch, 100 * accuracy, **common)
-    for axes, measured in ((above, "cost (nats an image)"), (below, "accuracy (%)")):
-        axes.set_ylabel(measured)
+    """Draw training and validation cost and accuracy against the epoch, of one run or of several by name."""
+    runs_by_name = runs if isinstance(runs, Mapping) else {"": runs}
+    fig = figure(7, 6.5)
+    top, bottom = fig.subplots(2, sharex=True)
+    for number, (name, run) in enumerate(runs_by_name.items()):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number // len(COLOURS) % len(MARKERS)]
+        validation = history_columns(run, "validation", "step", "loss", "accuracy")
+        for split, (step, loss, accuracy), linestyle, line_colour, fill in (
+            ("training", training_curve(run), "-", colour, colour),
+            ("validation", validation, "--", colour if name else COLOURS[1], "white"),
+        ):
+            label = f"{shorten(name)}, {split}" if name else split
+            style = {"label": label, "linestyle": linestyle, "color": line_colour, "marker": marker, "markersize": 4}
+            style |= {"markerfacecolor": fill, "markevery": max(1, len(step) // 20)}
+            if len(step):
+                top.plot(step / run.epoch_length, loss, **style)
+                bottom.plot(step / run.epoch_length, 100 * accuracy, **style)
+    for axes, label in ((top, "cost (nats per image)"), (bottom, "accuracy (%)")):
+        axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    below.set_xlabel("epoch")
-    drawn.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
-    return drawn
+    bottom.set_xlabel("epoch")
+    fig.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
+    return fig
 
 
-def training(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Epoch, cost and accuracy: means of whole epochs, or where these are few, of a fiftieth of the run's batches."""
-    step, loss, accuracy = columns(run, "epoch", "step", "loss", "accuracy")
-    if len(step) < 3:
-        parts = (np.array_split(column, 50) for column in columns(run, "train", "step", "loss", "accuracy"))
-        step, loss, accuracy = (np.array([part.mean() for part in column if len(part)]) for column in parts)
-    return step / run.epoch_length, loss, accuracy
-
-
-def evaluations(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Epoch, cost and accuracy on the validation images."""
-    step, loss, accuracy = columns(run, "validation", "step", "loss", "accuracy")
-    return step / run.epoch_length, loss, accuracy
+def training_curve(run: Run) -> list[np.ndarray]:
+    """Return step, cost and accuracy: means over epochs or, if there are fewer than three, over 1/50 of the run."""
+    columns = history_columns(run, "epoch", "step", "loss", "accuracy")
+    if len(columns[0]) >= 3:
+        return columns
+    columns = history_columns(run, "train", "step", "loss", "accuracy")
+    return [np.array([chunk.mean() for chunk in np.array_split(column, 50) if len(chunk)]) for column in columns]
 
 
 def accuracies(runs: Mapping[str, Run]) -> "Figure":
-    """Test accuracy of each finished run, with the 95 % interval that its number of images allows (Wilson 1927)."""
+    """Draw the test accuracy of each finished run, with the 95 % interval for its number of images (Wilson 1927)."""
     finished = {name: run.result for name, run in runs.items() if run.result}
-    drawn, axes = plot(7, 1.2 + 0.35 * len(finished))
-    for place, result in enumerate(finished.values()):
+    fig, axes = plot(7, 1.2 + 0.35 * len(finished))
+    for y, result in enumerate(finished.values()):
         low, high = wilson(result["test_accuracy"], result["test_count"])
-        axes.hlines(place, 100 * low, 100 * high, color=COLOURS[0])
-        axes.plot(100 * result["test_accuracy"], place, "o", color=COLOURS[0])
-    axes.set_yticks(range(len(finished)), list(map(short, finished)))
+        axes.hlines(y, 100 * low, 100 * high, color=COLOURS[0])
+        axes.plot(100 * result["test_accuracy"], y, "o", color=COLOURS[0])
+    axes.set_yticks(range(len(finished)), list(map(shorten, finished)))
     axes.set_ylim(len(finished) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("test accuracy (%), 95 % interval")
     axes.set_ylabel("run")
-    return drawn
+    return fig
 
 
 # --- Models ---------------------------------------------------------------------------------------------------------
 
 
 def weights(model: nnx.Module, shape: tuple[int, int] = (28, 28)) -> "Figure":
-    """The first layer's weights as pictures: of a CNN its filters, of an MLP its first units.
+    """Draw the weights of the first layer: the filters of a CNN, or the first units of an MLP.
 
-    Of softmax regression one a class, blue where ink is evidence for it and red where it is evidence against. Raises
-    UserError for models other than these.
+    Softmax regression has one image per class: blue is evidence for the class, red is evidence against it. Raise
+    UserError for other models.
     """
-    pictures = models.first_weights(model, shape)
-    if pictures is None:
-        raise UserError(f"{type(model).__name__} has no first layer that can be drawn: give a Softmax, MLP or CNN")
-    limit = float(abs(pictures).max()) or 1.0
-    style = {"cmap": SIGN, "vmin": -limit, "vmax": limit}
+    kernels = models.first_weights(model, shape)
+    if kernels is None:
+        raise UserError(f"the first layer of {type(model).__name__} cannot be drawn: use a Softmax, MLP or CNN")
+    limit = float(abs(kernels).max()) or 1.0
+    style = {"cmap": DIVERGING_CMAP, "vmin": -limit, "vmax": limit}
     if isinstance(model, models.Softmax):
-        drawn, tiles = tiled(len(pictures), min(len(pictures), 5), 1.3)
-        drawn.suptitle("evidence for (blue) and against (red) each class", fontsize=10)
-        for number, axes in enumerate(tiles):
-            axes.imshow(pictures[number], **style)
-            axes.set_title(str(number))
+        fig, tiles = tile_axes(len(kernels), min(len(kernels), 5), 1.3)
+        fig.suptitle("evidence for (blue) and against (red) each class", fontsize=10)
+        for label, axes in enumerate(tiles):
+            axes.imshow(kernels[label], **style)
+            axes.set_title(str(label))
     else:
-        drawn, axes = plot(7, 3.5)
-        count = len(pictures[:MOST_TILES])
-        axes.imshow(sheet(pictures[:MOST_TILES], 8 if count <= 32 else 16), **style)
+        fig, axes = plot(7, 3.5)
+        count = len(kernels[:MAX_TILES])
+        axes.imshow(sheet(kernels[:MAX_TILES], 8 if count <= 32 else 16), **style)
         axes.set_axis_off()
-        told = shown_of(count, len(pictures), "filters" if isinstance(model, models.CNN) else "units")
-        axes.set_title(f"{told} of {pictures.shape[1]}×{pictures.shape[2]}", fontsize=10)
+        shown = count_shown(count, len(kernels), "filters" if isinstance(model, models.CNN) else "units")
+        axes.set_title(f"{shown} of {kernels.shape[1]}×{kernels.shape[2]}", fontsize=10)
         tiles = [axes]
-    drawn.colorbar(tiles[0].images[0], ax=tiles, label="weight", shrink=0.8)
-    return drawn
+    fig.colorbar(tiles[0].images[0], ax=tiles, label="weight", shrink=0.8)
+    return fig
 
 
 def feature_maps(model: nnx.Module, image: Num[np.ndarray, "h w 1"]) -> "Figure":
-    """What each convolution of a CNN makes of ``image``, after pooling and ReLU, a picture a feature.
+    """Draw the feature maps of each convolution of a CNN for ``image``, after pooling and ReLU.
 
-    Raises UserError for another model.
+    Raise UserError for other models.
     """
     if not isinstance(model, models.CNN):
-        raise UserError(f"{type(model).__name__} has no feature maps: give a CNN")
+        raise UserError(f"{type(model).__name__} has no feature maps: use a CNN")
     layers = [np.asarray(maps[0]).transpose(2, 0, 1) for maps in model.feature_maps(image[None])]
-    heights = [1.2, *(0.5 * -(-len(maps[:MOST_TILES]) // 16) + 0.3 for maps in layers)]
-    drawn = figure(8, sum(heights))
-    first, *others = drawn.subplots(1 + len(layers), height_ratios=heights)
-    first.imshow(image[:, :, 0], cmap=INK)
-    first.set_axis_off()
-    for number, (axes, maps) in enumerate(zip(others, layers, strict=True), start=1):
+    heights = [1.2, *(0.5 * -(-len(maps[:MAX_TILES]) // 16) + 0.3 for maps in layers)]
+    fig = figure(8, sum(heights))
+    image_axes, *layer_axes = fig.subplots(1 + len(layers), height_ratios=heights)
+    image_axes.imshow(image[:, :, 0], cmap=IMAGE_CMAP)
+    image_axes.set_axis_off()
+    for number, (axes, maps) in enumerate(zip(layer_axes, layers, strict=True), start=1):
         count, height, width = maps.shape
-        shown = axes.imshow(sheet(maps[:MOST_TILES], 16), cmap="Blues", vmin=0)
-        drawn.colorbar(shown, ax=axes, label="activation")
+        fig.colorbar(axes.imshow(sheet(maps[:MAX_TILES], 16), cmap="Blues", vmin=0), ax=axes, label="activation")
         axes.set_axis_off()
-        told = shown_of(len(maps[:MOST_TILES]), count, "features")
-        axes.set_title(f"convolution {number}: {told} of {height}×{width}", fontsize=10)
-    return drawn
+        features = count_shown(len(maps[:MAX_TILES]), count, "features")
+        axes.set_title(f"convolution {number}: {features} of {height}×{width}", fontsize=10)
+    return fig
 
 
-# --- Answers --------------------------------------------------------------------------------------------------------
+# --- Predictions ----------------------------------------------------------------------------------------------------
 
 
 def confusion(counts: Int[np.ndarray, "classes classes"]) -> "Figure":
-    """Images by true class (row) and answer (column)."""
+    """Draw a confusion matrix: the number of images by true class (row) and prediction (column)."""
     from matplotlib.colors import PowerNorm
 
     classes = len(counts)
-    drawn, axes = plot(6.5, 5.5)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # A hundredth must differ from nothing.
-    shown = axes.imshow(100 * shares, cmap="Blues", norm=PowerNorm(0.4, 0, 100))
-    size = min(9.0, 90 / classes)
-    # Smaller ones could not be read.
-    for row, column in np.ndindex(*counts.shape) if classes <= MOST_NUMBERED else ():
-        colour = "white" if shares[row, column] > 0.3 else "black" if counts[row, column] else "darkgrey"
-        axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=colour, fontsize=size)
-    places = range(0, classes, -(-classes // MOST_NUMBERED))
-    axes.set_xticks(places)
-    axes.set_yticks(places)
-    axes.set_xlabel("answer")
+    fig, axes = plot(6.5, 5.5)
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    # The power makes 1 % look different from 0.
+    image = axes.imshow(100 * fractions, cmap="Blues", norm=PowerNorm(0.4, 0, 100))
+    fontsize = min(9.0, 90 / classes)
+    # With more classes, the numbers would be too small to read.
+    for row, column in np.ndindex(*counts.shape) if classes <= MAX_NUMBERED else ():
+        colour = "white" if fractions[row, column] > 0.3 else "black" if counts[row, column] else "darkgrey"
+        axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=colour, fontsize=fontsize)
+    ticks = range(0, classes, -(-classes // MAX_NUMBERED))
+    axes.set_xticks(ticks)
+    axes.set_yticks(ticks)
+    axes.set_xlabel("prediction")
     axes.set_ylabel("true class")
-    drawn.colorbar(shown, label="share of the class (%)", ticks=[0, 0.1, 1, 5, 20, 50, 100], format="%g")
-    return drawn
+    fig.colorbar(image, label="fraction of the class (%)", ticks=[0, 0.1, 1, 5, 20, 50, 100], format="%g")
+    return fig
 
 
 def mistakes(
-    images: Images, labels: Int[np.ndarray, " n"], probabilities: Float[np.ndarray, "n classes"], most: int = 24
+    images: Images, labels: Int[np.ndarray, " n"], probabilities: Float[np.ndarray, "n classes"], limit: int = 24
 ) -> "Figure":
-    """The images that were answered most wrongly: true class, answer, and the probabilities given to them.
+    """Draw the worst mistakes, with the probabilities of the true and of the predicted class.
 
-    Raises UserError where all answers are right.
+    Raise UserError if all predictions are correct.
     """
-    answers, given = probabilities.argmax(axis=1), probabilities[np.arange(len(labels)), labels]
-    wrong = np.flatnonzero(answers != labels)
+    predictions, of_truth = probabilities.argmax(axis=1), probabilities[np.arange(len(labels)), labels]
+    wrong = np.flatnonzero(predictions != labels)
     if len(wrong) == 0:
-        raise UserError("no image was answered wrongly: there is nothing to draw")
-    worst = wrong[np.argsort(given[wrong], kind="stable")][:most]
-    drawn, tiles = tiled(len(worst), min(len(worst), 6), 1.35, 1.75)
-    for number, axes in zip(worst, tiles, strict=True):
-        axes.imshow(images[number, :, :, 0], cmap=INK)
-        truth = f"true {labels[number]}, p = {given[number]:.2g}"
-        axes.set_title(f"{truth}\nread {answers[number]}, p = {probabilities[number].max():.3f}", fontsize=8)
-    return drawn
+        raise UserError("all predictions are correct: there are no mistakes to draw")
+    worst = wrong[np.argsort(of_truth[wrong], kind="stable")][:limit]
+    fig, tiles = tile_axes(len(worst), min(len(worst), 6), 1.5, 1.75)
+    for index, axes in zip(worst, tiles, strict=True):
+        axes.imshow(images[index, :, :, 0], cmap=IMAGE_CMAP)
+        truth = f"true {labels[index]}, p = {of_truth[index]:.2g}"
+        axes.set_title(f"{truth}\npredicted {predictions[index]}, p = {probabilities[index].max():.3f}", fontsize=8)
+    return fig
 
 
 def calibration(
     probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"], bins: int = 15
 ) -> "Figure":
-    """Accuracy against confidence, and how many answers were given with it (Guo et al. 2017)."""
-    drawn = figure(5.5, 5.5)
-    above, below = drawn.subplots(2, sharex=True, height_ratios=[3, 1])
-    seen = evaluation.reliability(probabilities, labels, bins)
-    counts, confidence, right = (sums[seen.answers > 0] for sums in seen)
-    mean, share = confidence / counts, right / counts
-    low, high = np.array([wilson(*case) for case in zip(share, counts, strict=True)]).T
-    above.plot([0, 100], [0, 100], "--", color="grey", label="as right as confident")
-    above.vlines(100 * mean, 100 * low, 100 * high, color=COLOURS[0])
-    above.plot(100 * mean, 100 * share, "o-", color=COLOURS[0], label="answers, with 95 % intervals")
-    above.set_ylabel("accuracy (%)")
-    above.set_title(f"expected calibration error {seen.error():.2%}")
-    above.legend(fontsize=8)
-    below.stairs(seen.answers, np.linspace(0, 100, bins + 1), fill=True, color=COLOURS[0])
-    below.set_yscale("log")
-    below.set_ylabel("answers")
-    below.set_xlabel("confidence: the probability given to the answer (%)")
-    return drawn
+    """Draw accuracy against confidence, and the number of predictions by confidence (Guo et al. 2017)."""
+    fig = figure(5.5, 5.5)
+    top, bottom = fig.subplots(2, sharex=True, height_ratios=[3, 1])
+    reliability = evaluation.reliability(probabilities, labels, bins)
+    bin_counts, *_ = reliability
+    counts, confidence, correct = (sums[bin_counts > 0] for sums in reliability)
+    mean, accuracy = confidence / counts, correct / counts
+    low, high = np.array([wilson(*case) for case in zip(accuracy, counts, strict=True)]).T
+    top.plot([0, 100], [0, 100], "--", color="grey", label="perfect calibration")
+    top.vlines(100 * mean, 100 * low, 100 * high, color=COLOURS[0])
+    top.plot(100 * mean, 100 * accuracy, "o-", color=COLOURS[0], label="predictions, with 95 % intervals")
+    top.set_ylabel("accuracy (%)")
+    top.set_title(f"expected calibration error {reliability.error():.2%}")
+    top.legend(fontsize=8)
+    bottom.stairs(bin_counts, np.linspace(0, 100, bins + 1), fill=True, color=COLOURS[0])
+    bottom.set_yscale("log")
+    bottom.set_ylabel("predictions")
+    bottom.set_xlabel("confidence: probability of the predicted class (%)")
+    return fig
 
 
-def readings(read: Sequence[Reading]) -> "Figure":
-    """Image files as a model saw them, the first 64, and the two likeliest classes of each."""
-    shown = read[:MOST_TILES]
-    drawn, tiles = tiled(len(shown), min(len(shown), 6), 1.6, 2.0)
-    for each, axes in zip(shown, tiles, strict=True):
-        axes.imshow(each.image[:, :, 0], cmap=INK)
-        likely = np.argsort(-each.probabilities, kind="stable")[:2]
-        told = ", ".join(f"{number}: {each.probabilities[number]:.3f}" for number in likely)
-        axes.set_title(f"{short(each.file.name, 20)}\n{told}", fontsize=8)
-    if len(shown) < len(read):
-        drawn.suptitle(shown_of(len(shown), len(read), "images"), fontsize=10)
-    return drawn
+def predictions(files: Sequence[FilePrediction]) -> "Figure":
+    """Draw the model's input for the first 64 image files, with the two most probable classes of each."""
+    shown = files[:MAX_TILES]
+    fig, tiles = tile_axes(len(shown), min(len(shown), 6), 1.6, 2.0)
+    for file, axes in zip(shown, tiles, strict=True):
+        axes.imshow(file.image[:, :, 0], cmap=IMAGE_CMAP)
+        top_two = np.argsort(-file.probabilities, kind="stable")[:2]
+        scores = ", ".join(f"{label}: {file.probabilities[label]:.3f}" for label in top_two)
+        axes.set_title(f"{shorten(file.file.name, 20)}\n{scores}", fontsize=8)
+    if len(shown) < len(files):
+        fig.suptitle(count_shown(len(shown), len(files), "images"), fontsize=10)
+    return fig
 
 
 # --- Sweeps ---------------------------------------------------------------------------------------------------------
 
 
-def by_setting(sweep: Sweep) -> dict[str, list[int]]:
-    """The members of each setting that did not fail, by the setting's name."""
+def trials_by_setting(sweep: Sweep) -> dict[str, list[int]]:
+    """Return the indices of the trials that did not fail, by setting; a setting is named by the fields that vary."""
     several = len(sweep.result["experiments"]) > 1
     varied = [field for field, values in sweep.result["over"].items() if len(values) > 1]
     settings: dict[str, list[int]] = {}
-    for number, line in enumerate(sweep.members):
-        words = ", ".join(f"{field.rpartition('.')[2]} {line['fields'][field]}" for field in varied)
-        name = short(f"{line['experiment']}: {words}" if several and words else words or line["experiment"], 60)
+    for index, trial in enumerate(sweep.members):
+        words = ", ".join(f"{field.rpartition('.')[2]} {trial['fields'][field]}" for field in varied)
+        name = shorten(f"{trial['experiment']}: {words}" if several and words else words or trial["experiment"], 60)
         settings.setdefault(name, [])
-        if line["failed"] is None:
-            settings[name].append(number)
+        if trial["failed"] is None:
+            settings[name].append(index)
     return settings
 
 
 def curves(sweep: Sweep) -> "Figure":
-    """Accuracy against the step, mean and standard deviation over seeds: on validation images, else of training."""
-    drawn, axes = plot()
+    """Draw accuracy against the step, as mean and standard deviation over seeds, one curve per setting.
+
+    It is the validation accuracy, or the training accuracy if there was no more than one evaluation.
+    """
+    fig, axes = plot()
     columns = sweep.curves
-    # One evaluation is no curve.
     validated = len(np.unique(columns["step"][columns["validation"]])) > 1
-    for name, members in by_setting(sweep).items():
-        if not members:
+    for name, trials in trials_by_setting(sweep).items():
+        if not trials:
             continue
-        chosen = (columns["validation"] == validated) & np.isin(columns["member"], members)
+        chosen = (columns["validation"] == validated) & np.isin(columns["member"], trials)
         steps = np.unique(columns["step"][chosen])
-        rows = [columns["accuracy"][chosen & (columns["step"] == step)] for step in steps]
-        mean, std = (100 * np.array([summarise(row)[part] or 0 for row in rows]) for part in ("mean", "std"))
-        (line,) = axes.plot(steps, mean, label=f"{name} (n = {len(members)})", marker="." if len(steps) < 30 else None)
+        summaries = [summarise(columns["accuracy"][chosen & (columns["step"] == step)]) for step in steps]
+        mean, std = (100 * np.array([summary[key] or 0 for summary in summaries]) for key in ("mean", "std"))
+        (line,) = axes.plot(steps, mean, label=f"{name} (n = {len(trials)})", marker="." if len(steps) < 30 else None)
         axes.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_xlabel("step")
     axes.set_ylabel(f"{'validation' if validated else 'training'} accuracy (%), mean ± std")
-    explain(drawn, axes)
-    return drawn
+    add_legend(fig, axes)
+    return fig
 
 
 def against(sweep: Sweep, field: str) -> "Figure":
-    """Accuracy of each member against the values of a numeric ``field``, and means where several have one value.
+    """Draw the accuracy of each trial against the value of a numeric ``field``, with means over repeated values.
 
-    Raises UserError where ``field`` was not swept.
+    Raise UserError if ``field`` was not swept.
     """
     over = sweep.result["over"]
     if field not in over:
-        raise UserError(f"{field} was not swept: give one of {', '.join(over)}")
-    drawn, axes = plot()
+        raise UserError(f"{field} was not swept: use one of {', '.join(over)}")
+    fig, axes = plot()
     split = sweep.groups[0]["split"]
-    lines = [line for line in sweep.members if line["failed"] is None]
+    finished = [trial for trial in sweep.members if trial["failed"] is None]
     for experiment in sweep.result["experiments"]:
-        mine = [line for line in lines if line["experiment"] == experiment]
-        x = np.array([line["fields"][field] for line in mine])
-        y = 100 * np.array([line[f"{split}_accuracy"] for line in mine])
+        trials = [trial for trial in finished if trial["experiment"] == experiment]
+        x = np.array([trial["fields"][field] for trial in trials])
+        y = 100 * np.array([trial[f"{split}_accuracy"] for trial in trials])
         values, counts = np.unique(x, return_counts=True)
         means = [y[x == value].mean() for value in values]
-        together = len(counts) > 0 and min(counts) > 1
-        (line,) = axes.plot(values, means if together else np.full(len(values), np.nan), label=short(experiment))
-        axes.scatter(x, y, s=12, alpha=0.4 if together else 1, linewidth=0, color=line.get_color())
-    sizes = np.unique(np.abs(over[field]))
-    sizes = sizes[sizes > 0]
-    if len(sizes) and sizes[-1] / sizes[0] >= 10:
-        axes.set_xscale("symlog", linthresh=sizes[0])
+        repeated = len(counts) > 0 and min(counts) > 1
+        (line,) = axes.plot(values, means if repeated else np.full(len(values), np.nan), label=shorten(experiment))
+        axes.scatter(x, y, s=12, alpha=0.4 if repeated else 1, linewidth=0, color=line.get_color())
+    magnitudes = np.unique(np.abs(over[field]))
+    magnitudes = magnitudes[magnitudes > 0]
+    if len(magnitudes) and magnitudes[-1] / magnitudes[0] >= 10:
+        axes.set_xscale("symlog", linthresh=magnitudes[0])
     if len(over[field]) <= 10:
         axes.set_xticks(over[field], [f"{value:g}" for value in over[field]])
         axes.minorticks_off()
     axes.set_xlabel(field)
-    axes.set_ylabel(f"{split} accuracy (%), a point a run")
-    explain(drawn, axes)
-    return drawn
+    axes.set_ylabel(f"{split} accuracy (%), one point per run")
+    add_legend(fig, axes)
+    return fig
 
 
 def distribution(sweep: Sweep) -> "Figure":
-    """Accuracy of each seed, by setting: every run a point, a box from quartile to quartile."""
-    settings = {name: members for name, members in by_setting(sweep).items() if members}
-    drawn, axes = plot(height=1.5 + 0.35 * len(settings))
+    """Draw the accuracy of each seed by setting: one point per run, and a box from quartile to quartile."""
+    settings = {name: trials for name, trials in trials_by_setting(sweep).items() if trials}
+    fig, axes = plot(height=1.5 + 0.35 * len(settings))
     split = sweep.groups[0]["split"]
-    rows = [[100 * sweep.members[number][f"{split}_accuracy"] for number in members] for members in settings.values()]
+    rows = [[100 * sweep.members[index][f"{split}_accuracy"] for index in trials] for trials in settings.values()]
     axes.boxplot(rows, orientation="horizontal", showfliers=False, widths=0.6)
-    scatter = np.random.default_rng(0)
-    for place, row in enumerate(rows, start=1):
-        axes.scatter(row, place + scatter.uniform(-0.2, 0.2, len(row)), s=10, alpha=0.5, linewidth=0)
-    axes.set_yticks(
-        range(1, len(rows) + 1), [f"{name} (n = {len(row)})" for name, row in zip(settings, rows, strict=True)]
-    )
+    jitter = np.random.default_rng(0)
+    for y, row in enumerate(rows, start=1):
+        axes.scatter(row, y + jitter.uniform(-0.2, 0.2, len(row)), s=10, alpha=0.5, linewidth=0)
+    labels = [f"{name} (n = {len(row)})" for name, row in zip(settings, rows, strict=True)]
+    axes.set_yticks(range(1, len(rows) + 1), labels)
     axes.invert_yaxis()
-    axes.set_xlabel(f"{split} accuracy (%), a point a run")
-    return drawn
+    axes.set_xlabel(f"{split} accuracy (%), one point per run")
+    return fig

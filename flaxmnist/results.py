@@ -1,4 +1,4 @@
-"""What a run ended with."""
+"""Results of finished runs: result.json, and the summary printed at the end."""
 
 import hashlib
 import resource
@@ -17,30 +17,30 @@ from flaxmnist.config import Config
 from flaxmnist.evaluation import Evaluation
 from flaxmnist.logs import SECONDS, Clock, read_records
 from flaxmnist.state import TrainState
-from flaxmnist.trained import Trained, load
+from flaxmnist.trained import Trained, load_checkpoint
 
 
 @dataclass(frozen=True)
 class Run(Trained):
-    """A run and what it told; its model has averaged weights where the config has such."""
+    """A run with its records and result. Its model has the averaged weights if the config asks for averaging."""
 
     history: list[dict[str, Any]] = field(repr=False)  # the records of metrics.jsonl
-    result: dict[str, Any] = field(repr=False)  # what result.json holds; empty unless the run ended with this state
+    result: dict[str, Any] = field(repr=False)  # the content of result.json; empty unless the run ended with this state
 
 
 def load_run(workdir: str | Path, which: str = "latest") -> Run:
-    """The run in ``workdir``, with its checkpoint called ``which``: "latest", "best" or a step.
+    """Load the run in ``workdir`` with the checkpoint ``which``: "latest", "best" or a step.
 
-    Needs the run folder alone. Raises UserError where it holds no such checkpoint, and where its files are damaged.
+    Only the run folder is needed. Raise UserError if it has no such checkpoint, or if its files are damaged.
     """
-    folder, trained = Path(workdir), load(workdir, which)
+    folder, trained = Path(workdir), load_checkpoint(workdir, which)
     result = folders.read_result(folder) if (folder / "result.json").exists() else {}
     if result and result["steps"] != trained.state.step:
         result = {}
     return Run(trained.config, trained.state, trained.data, read_records(folder / "metrics.jsonl"), result)
 
 
-def result_of(
+def make_result(
     config: Config,
     state: TrainState,
     mesh: Mesh,
@@ -51,7 +51,7 @@ def result_of(
     validation_accuracy: float | None,
     test: Evaluation,
 ) -> dict[str, Any]:
-    """What ``result.json`` holds."""
+    """Return the content of ``result.json``."""
     seconds = {name: clock.seconds.get(name, 0.0) for name in SECONDS} | {"total": clock.total()}
     steps = int(state.step)
     return {
@@ -76,43 +76,44 @@ def result_of(
 
 
 def summary(run: Run, workdir: Path, data_dir: Path | None) -> str:
-    """How the run ended, where its time went, what it trained, where it lies, and what to try next."""
+    """Return the text printed at the end: accuracy, times, parameters, folder, and commands to try next."""
     result = run.result
     accuracy = f"{result['test_accuracy']:.4f} of {result['test_count']} images"
-    there, where = shlex.quote(str(workdir)), "" if data_dir is None else f" --data-dir {shlex.quote(str(data_dir))}"
+    quoted = shlex.quote(str(workdir))
+    data_option = "" if data_dir is None else f" --data-dir {shlex.quote(str(data_dir))}"
     return "\n".join(
         [
             f"test accuracy {accuracy}, loss {result['test_loss']:.4f}, after {result['steps']} steps",
             "",
             time_table(result["seconds"]),
             "",
-            shortened(inspection.parameter_table(run.state.params)),
+            shorten(inspection.parameter_table(run.state.params)),
             "",
             f"run folder {workdir}",
-            f"next: python launch/evaluate.py {there}{where}",
-            f"      python launch/report.py {there}{where}",
-            f"      python launch/predict.py {there} IMAGE.png",
+            f"next: python launch/evaluate.py {quoted}{data_option}",
+            f"      python launch/report.py {quoted}{data_option}",
+            f"      python launch/predict.py {quoted} IMAGE.png",
         ]
     )
 
 
-def shortened(text: str) -> str:
-    """``text`` without its middle, where it has over 30 lines."""
+def shorten(text: str) -> str:
+    """Replace the middle of ``text`` by "…" if it has more than 30 lines."""
     lines = text.splitlines()
     return text if len(lines) <= 30 else "\n".join([*lines[:15], "…", *lines[-14:]])
 
 
 def time_table(seconds: dict[str, float]) -> str:
-    """What the ``seconds`` of a result were spent on, and their sum."""
+    """Format the ``seconds`` of a result as a table."""
     spent = {"save" if name == "checkpoint" else name: seconds[name] for name in SECONDS}
     spent["other"] = max(0.0, seconds["total"] - sum(spent.values()))
     spent["all"] = seconds["total"]
     rows = [(name, f"{value:,.2f}", f"{value / seconds['total']:.0%}") for name, value in spent.items()]
-    return inspection.table([("time", "seconds", "share"), *rows])
+    return inspection.format_table([("time", "seconds", "share"), *rows])
 
 
 def params_sha256(params: Any) -> str:
-    """SHA-256 over the bytes of the parameters, leaves in the order of their paths."""
+    """Return the SHA-256 of the bytes of all parameters, in the order of their paths."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(leaf).tobytes())
@@ -120,7 +121,7 @@ def params_sha256(params: Any) -> str:
 
 
 def peak_memory() -> int:
-    """The most bytes in use at once: on this process' first device where it counts them, else by the process."""
-    counted = jax.local_devices()[0].memory_stats() or {}
+    """Return the peak memory of the first local device if it reports that, else of the process, in bytes."""
+    stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
-    return counted.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

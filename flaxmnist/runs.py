@@ -1,7 +1,7 @@
-"""One run from config to result: the only loop.
+"""One run from config to result, with the only training loop.
 
-It trains in chunks, each one call of the compiled program. A chunk ends where something else is due: a look at a batch,
-an evaluation, a checkpoint, the end. While a chunk computes, the one before it is reported.
+The loop trains in chunks of steps; a chunk is one call of the compiled program. A chunk ends at the latest when a batch
+report, an evaluation, a checkpoint or the end of the run is due. While a chunk computes, the previous one is reported.
 """
 
 import threading
@@ -23,14 +23,14 @@ from flaxmnist.data import Dataset, Split
 from flaxmnist.errors import Diverged, Stopped, UserError
 from flaxmnist.lock import Lock
 from flaxmnist.logs import Clock, Progress, Records, logger, write_json
-from flaxmnist.program import Backend, Program, first_state, place, state_shapes, train_logits
-from flaxmnist.results import Run, load_run, result_of
-from flaxmnist.state import Metrics, Totals, row_before
+from flaxmnist.program import Backend, Program, initial_state, put_split, state_shapes, train_logits
+from flaxmnist.results import Run, load_run, make_result
+from flaxmnist.state import Metrics, Totals, consecutive_before
 
-# Seconds that a chunk takes at most, about: how soon a signal is answered.
+# Approximate upper bound on the seconds per chunk, and so on the delay before a signal takes effect.
 CHUNK_SECONDS = 1.0
 
-# Steps of a trace, done after as many to warm up.
+# Steps in a profiler trace, and warm-up steps before it.
 PROFILE_STEPS = 10
 
 
@@ -50,26 +50,27 @@ def fit(
     stop: threading.Event | None = None,
     clock: Clock | None = None,
 ) -> Run:
-    """Trains and evaluates; where there is a ``workdir``, everything is kept there, else nothing touches the disk.
+    """Train and evaluate. Save everything in ``workdir``, or write nothing to disk if it is None.
 
-    ``devices`` is how many to use (None: all), ``backend`` how training is compiled for them, ``model_parallel`` over
-    how many of them each dense kernel is split. ``profile`` is a folder for a trace of a few steady steps.
-    ``experiment`` is the file that ``config`` came from, to be named in ``config.json``. ``stop``, once set, ends the
-    run after the chunk at hand, with a checkpoint. ``clock`` holds what the command spent before.
+    ``devices`` is the number of devices to use (None: all), ``backend`` how training is compiled for them, and
+    ``model_parallel`` the number of devices that each dense kernel is split over. ``profile`` is a folder for a trace
+    of a few steps after warm-up. ``experiment`` is the file that defines ``config``; its name goes into
+    ``config.json``. Setting ``stop`` ends the run after the current chunk, with a checkpoint. ``clock`` contains the
+    seconds that the command has spent so far.
 
-    Raises UserError for what the caller can mend, Diverged where loss, gradient or weights are no longer finite, and
+    Raise UserError if the caller can fix the problem, Diverged if loss, gradient or weights are no longer finite, and
     Stopped.
     """
-    config = order.resolve(config, len(data.train.labels))
+    config = order.resolve_length(config, len(data.train.labels))
     mesh = parallel.make_mesh(devices, model_parallel)
     check(config, data, mesh, backend)
     folder = None if workdir is None else Path(workdir)
-    described = folders.describe(config, data, mesh, backend, experiment)
+    described = folders.describe_run(config, data, mesh, backend, experiment)
     lock = Lock()
     try:
         if folder is not None:
-            look = partial(folders.is_finished, folder, lock, described, resume, overwrite, allow_config_change)
-            if hosts.on_first(look):
+            prepare = partial(folders.is_finished, folder, lock, described, resume, overwrite, allow_config_change)
+            if hosts.on_first_process(prepare):
                 logger.info("%s is finished", folder)
                 return load_run(folder)
         with parallel.memory_errors():
@@ -83,13 +84,13 @@ def fit(
 
 
 def check(config: Config, data: Dataset, mesh: Mesh, backend: Backend) -> None:
-    """Raises UserError where ``config`` cannot be trained on ``data``, before anything is touched."""
+    """Raise UserError if ``config`` cannot be trained on ``data``, before anything is written."""
     if backend == "pmap" and (jax.process_count() > 1 or mesh.shape[parallel.MODEL] > 1):
-        raise UserError("--backend pmap is for one process and whole parameters: take --backend jit")
+        raise UserError("--backend pmap supports neither several processes nor --model-parallel: use --backend jit")
     parallel.check_batch(config.train.batch_size, mesh)
     order.steps_per_epoch(config, len(data.train.labels))
     if config.data.order == "file" and not data.file_order:
-        raise UserError(f"data.order file needs the original files, but these images are {data.source}")
+        raise UserError(f"data.order file needs the original files, not {data.source}: use --data.order shuffled")
     shapes = state_shapes(config, data)
     parallel.check_model(shapes.params, mesh)
     parallel.check_memory(
@@ -98,7 +99,7 @@ def check(config: Config, data: Dataset, mesh: Mesh, backend: Backend) -> None:
 
 
 class Loop:
-    """What a run needs while it goes: the program, the data on the devices, and where it tells and keeps things."""
+    """The state of a run in progress: the program, the data on the devices, the records and the archive."""
 
     def __init__(
         self,
@@ -116,18 +117,18 @@ class Loop:
         self.backend: Backend = backend
         self.epoch_length = order.steps_per_epoch(config, len(data.train.labels))
         with clock("compile"):
-            self.state = first_state(config, data, mesh)
+            self.state = initial_state(config, data, mesh)
         self.archive, self.records = None, Records(None)
         if folder is not None:
-            # Orbax takes a third of a second to import, which a run without a folder need not spend.
+            # Importing orbax takes a third of a second, which a run without a folder can save.
             from flaxmnist.archive import Archive
 
             with clock("checkpoint"):
                 self.archive = Archive(folder, lock, described, config, self.state, clock)
             self.state, self.records = self.archive.state, self.archive.records
         self.step = int(self.state.step)
-        self.rate = 1.0  # steps a second, as far as is known
-        self.stopping = False  # whether some process was told to stop
+        self.rate = 1.0  # estimated steps per second
+        self.stopping = False  # True once any process has received a signal to stop
         self.progress = Progress(config.train.length, self.step, config.train.batch_size)
 
     def close(self) -> None:
@@ -138,67 +139,67 @@ class Loop:
     # --- The loop ---------------------------------------------------------------------------------------------------
 
     def run(self, profile: str | Path | None, stop: threading.Event) -> Run:
-        """Trains to the end, or until ``stop``; then evaluates on the test images, once."""
+        """Train to the end, or until ``stop`` is set; after the end, evaluate once on the test images."""
         config = self.config
         if self.step < config.train.length:
             with self.clock("data"):
-                train = place(self.data.train, self.mesh)
+                train = put_split(self.data.train, self.mesh)
             with self.clock("compile"):
                 self.program = Program(config, self.state, train, self.mesh, self.backend)
             parallel.check_memory("training", self.program.bytes, self.mesh)
             if profile is not None:
-                self.trace(Path(profile))
+                self.write_trace(Path(profile))
         self.progress.begin()
         while self.step < config.train.length and not stops_early(config, self.records.few):
             if config.train.report in ("batch_accuracy", "probabilities") and self.is_logged(self.step):
-                self.look_at_batch()
-            self.advance(self.next_due(), stop)
+                self.report_batch()
+            self.train_until(self.next_event(), stop)
             if self.is_due(config.train.evaluate_every):
                 self.evaluate("validation", self.data.validation)
             ends = self.stopping or stops_early(config, self.records.few)
             if ends or self.is_due(config.train.checkpoint_every) or self.is_retry_due():
                 self.save()
             if self.stopping and self.step < config.train.length:
-                self.settle()
-                kept = "no folder kept it" if self.folder is None else "--resume goes on"
-                raise Stopped(f"stopped at step {self.step} of {config.train.length}; {kept}")
-        self.settle()
+                self.flush()
+                remedy = "nothing was saved without a workdir" if self.folder is None else "--resume continues"
+                raise Stopped(f"stopped at step {self.step} of {config.train.length}; {remedy}")
+        self.flush()
         return self.finish()
 
     def is_logged(self, step: int) -> bool:
-        """Whether the batch of ``step`` is recorded; batches reported by epoch are counted from its beginning."""
-        counted = step % self.epoch_length if self.config.train.report == "batch_loss" else step
-        return counted % self.config.train.log_every == 0
+        """Return True if the batch of ``step`` is recorded. With ``batch_loss``, batches are counted per epoch."""
+        number = step % self.epoch_length if self.config.train.report == "batch_loss" else step
+        return number % self.config.train.log_every == 0
 
     def is_due(self, every: int | None) -> bool:
-        """Whether something done ``every`` so many steps, and at the end, is due now."""
+        """Return True at multiples of ``every`` steps and at the end of the run."""
         return self.step == self.config.train.length or (every is not None and self.step % every == 0)
 
-    def next_due(self) -> int:
-        """The next step at which something other than training is to be done."""
+    def next_event(self) -> int:
+        """Return the next step at which a batch report, an evaluation, a checkpoint or the end is due."""
         train = self.config.train
-        look = train.log_every if train.report in ("batch_accuracy", "probabilities") else None
-        intervals = [every for every in (train.evaluate_every, train.checkpoint_every, look) if every is not None]
+        report_every = train.log_every if train.report in ("batch_accuracy", "probabilities") else None
+        intervals = [every for every in (train.evaluate_every, train.checkpoint_every, report_every) if every]
         return min([train.length, *(self.step - self.step % every + every for every in intervals)])
 
     def is_retry_due(self) -> bool:
-        """Whether saving failed, and it is time to try again."""
+        """Return True if saving has failed and should be tried again now."""
         return self.archive is not None and self.archive.is_retry_due()
 
-    def trace(self, folder: Path) -> None:
-        """Writes a trace of a few steady steps, done on a copy of the state, to ``folder``."""
+    def write_trace(self, folder: Path) -> None:
+        """Write a profiler trace of a few steps after warm-up, on a copy of the state, to ``folder``."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write a trace to {folder}: {error.strerror}; give another --profile") from None
+            raise UserError(f"cannot write a trace to {folder}: {error.strerror}; use another --profile") from None
         count = min(PROFILE_STEPS, self.program.capacity)
         state = jax.tree.map(jnp.copy, self.state)
         state, _ = jax.block_until_ready(self.program(state, self.step, count))
         with jax.profiler.trace(str(folder)):
             jax.block_until_ready(self.program(state, self.step, count))
 
-    def advance(self, until: int, stop: threading.Event) -> None:
-        """Trains up to step ``until``, or for one chunk more after ``stop``."""
+    def train_until(self, until: int, stop: threading.Event) -> None:
+        """Train up to step ``until``, or to the end of the current chunk if ``stop`` is set."""
         with self.clock("train"):
             unreported = None
             while self.step < until:
@@ -210,92 +211,91 @@ class Loop:
                     self.report(*unreported)
                     self.rate = unreported[1] / (time.perf_counter() - began)
                 unreported = (start, count, metrics)
-                # Only after a chunk: what was told before it, it belongs to. All processes do the same steps next.
+                # Agree after each chunk, so that all processes stop at the same step.
                 self.stopping, self.rate = hosts.agree(stop.is_set(), self.rate)
                 if self.stopping or self.is_retry_due():
                     break
             if unreported is not None:
                 self.report(*unreported)
 
-    # --- What happens on the way ------------------------------------------------------------------------------------
+    # --- Reports, evaluations and checkpoints -----------------------------------------------------------------------
 
     def report(self, start: int, count: int, metrics: Metrics) -> None:
-        """Waits for a chunk of ``count`` steps from ``start`` on; records and prints what is to be told of them."""
+        """Wait for a chunk of ``count`` steps from ``start`` on; record and log its metrics."""
         metrics = jax.device_get(metrics)
         losses, accuracies = means(metrics.batch)
-        costs, shares = means(metrics.epoch)
+        epoch_losses, epoch_accuracies = means(metrics.epoch)
         nonfinite = metrics.nonfinite(start, count)
-        style = self.config.train.report
+        report = self.config.train.report
         for i, step in enumerate(range(start, start + count)):
-            number, position = divmod(step, self.epoch_length)
+            epoch, batch = divmod(step, self.epoch_length)
             if step in nonfinite:
-                self.leave_out(step, number, nonfinite[step])
+                self.skip(step, epoch, nonfinite[step])
             elif self.is_logged(step):
                 norm = metrics.gradient_norm[i]
-                self.records.add(step, number, "train", loss=losses[i], accuracy=accuracies[i], gradient_norm=norm)
-                if style == "loss":
+                self.records.add(step, epoch, "train", loss=losses[i], accuracy=accuracies[i], gradient_norm=norm)
+                if report == "loss":
                     logger.info("step %d, loss %.4f, accuracy %.4f", step, losses[i], accuracies[i])
-                elif style == "batch_loss":
-                    logger.info("epoch %d, batch %d, loss %.6f", number, position, losses[i])
-            if position == self.epoch_length - 1 and np.isfinite(costs[i]):
-                self.records.add(step + 1, number + 1, "epoch", loss=costs[i], accuracy=shares[i])
-                if style == "epoch_cost":
-                    logger.info("Epoch: %04d, Cost: %.9f", number + 1, costs[i])
+                elif report == "batch_loss":
+                    logger.info("epoch %d, batch %d, loss %.6f", epoch, batch, losses[i])
+            if batch == self.epoch_length - 1 and np.isfinite(epoch_losses[i]):
+                self.records.add(step + 1, epoch + 1, "epoch", loss=epoch_losses[i], accuracy=epoch_accuracies[i])
+                if report == "epoch_cost":
+                    logger.info("Epoch: %04d, Cost: %.9f", epoch + 1, epoch_losses[i])
         self.progress.show(start + count, losses[count - 1], accuracies[count - 1])
         if self.archive is not None:
             self.archive.watch()
 
-    def leave_out(self, step: int, epoch: int, reason: str) -> None:
-        """Records that ``step`` changed nothing, for ``reason``. Raises Diverged where too many in a row did not."""
-        left_out = [record["step"] for record in self.records.few if record["split"] == "skipped"]
+    def skip(self, step: int, epoch: int, reason: str) -> None:
+        """Record that ``step`` made no update, because of ``reason``. Raise Diverged if too many in a row did not."""
+        skipped = [record["step"] for record in self.records.few if record["split"] == "skipped"]
         allowed = self.config.train.skip_nonfinite
-        if row_before(step, left_out) >= allowed:
-            after = f", after {allowed} steps in a row were left out" if allowed else ""
-            raise Diverged(f"{reason}{after}: {self.advice()}")
-        self.records.add(step, epoch, "skipped", count=len(left_out) + 1)
-        logger.warning("%s: this step is left out", reason)
+        if consecutive_before(step, skipped) >= allowed:
+            after = f", after {allowed} steps in a row were skipped" if allowed else ""
+            raise Diverged(f"{reason}{after}: {self.divergence_advice()}")
+        self.records.add(step, epoch, "skipped", count=len(skipped) + 1)
+        logger.warning("%s: this step is skipped", reason)
 
-    def advice(self) -> str:
-        """What is left of a run that diverged, and what to do."""
+    def divergence_advice(self) -> str:
         last = None if self.archive is None else self.archive.last()
-        kept = "no checkpoint was saved" if last is None else f"the checkpoint at step {last} is kept"
-        return f"training diverged, {kept}; try a smaller --optimizer.learning-rate or an --optimizer.clip-norm"
+        saved = "no checkpoint was saved" if last is None else f"the checkpoint at step {last} is kept"
+        return f"training diverged, {saved}; try a smaller --optimizer.learning-rate or an --optimizer.clip-norm"
 
-    def look_at_batch(self) -> None:
-        """Records and prints what the model says of the batch it is about to learn from."""
+    def report_batch(self) -> None:
+        """Record and log the model's accuracy or probabilities on the next batch, before training on it."""
         with self.clock("evaluate"):
             indices = order.batch_indices(self.config, len(self.data.train.labels), self.step, self.step + 1)[0]
-            images, labels = (part[indices[indices >= 0]] for part in self.data.train)
+            images, labels = (array[indices[indices >= 0]] for array in self.data.train)
             epoch = self.step // self.epoch_length
             if self.config.train.report == "batch_accuracy":
-                seen = evaluation.evaluate(self.state.model, images, labels)
-                self.records.add(self.step, epoch, "batch", loss=seen.loss, accuracy=seen.accuracy)
-                logger.info("step %d, training accuracy %g", self.step, seen.accuracy)
+                scores = evaluation.evaluate(self.state.model, images, labels)
+                self.records.add(self.step, epoch, "batch", loss=scores.loss, accuracy=scores.accuracy)
+                logger.info("step %d, training accuracy %g", self.step, scores.accuracy)
             else:
                 logits = parallel.gather(train_logits(self.config, self.state, images), self.mesh)
                 probabilities = np.exp(evaluation.log_softmax(np.asarray(logits))).round(6)
                 self.records.add(self.step, epoch, "batch", probabilities=probabilities)
-                shown = np.array2string(
+                text = np.array2string(
                     probabilities, precision=4, suppress_small=True, threshold=60, max_line_width=120
                 )
-                logger.info("step %d, probabilities\n%s", self.step, shown)
+                logger.info("step %d, probabilities\n%s", self.step, text)
 
     def evaluate(self, split: str, images: Split | None) -> evaluation.Evaluation | None:
-        """Evaluates on ``images``, where there are such, and records it."""
+        """Evaluate on ``images``, if there are any; record and log the scores."""
         if images is None:
             return None
         with self.clock("evaluate"):
-            seen = evaluation.evaluate(self.state.model, *images)
-        if not np.isfinite(seen.loss):
-            raise Diverged(f"the {split} loss after step {self.step} is {seen.loss}: {self.advice()}")
+            scores = evaluation.evaluate(self.state.model, *images)
+        if not np.isfinite(scores.loss):
+            raise Diverged(f"the {split} loss after step {self.step} is {scores.loss}: {self.divergence_advice()}")
         epoch = self.step // self.epoch_length
-        self.records.add(self.step, epoch, split, loss=seen.loss, accuracy=seen.accuracy)
-        logger.info("step %d, %s loss %.4f, accuracy %.4f", self.step, split, seen.loss, seen.accuracy)
-        self.draw(split, seen)
-        return seen
+        self.records.add(self.step, epoch, split, loss=scores.loss, accuracy=scores.accuracy)
+        logger.info("step %d, %s loss %.4f, accuracy %.4f", self.step, split, scores.loss, scores.accuracy)
+        self.save_pictures(split, scores)
+        return scores
 
-    def draw(self, split: str, seen: evaluation.Evaluation) -> None:
-        """Has pictures of the model, and of what was ``seen`` on ``split``, kept where there is a folder."""
+    def save_pictures(self, split: str, scores: evaluation.Evaluation) -> None:
+        """Save the confusion matrix and the first layer's weights, if the run has a folder."""
         if self.archive is not None:
             with self.clock("checkpoint"):
                 weights = self.state.weights
@@ -303,68 +303,64 @@ class Loop:
                     weights = parallel.gather(weights, self.mesh)
                 model = nnx.merge(self.state.graphdef, weights)
                 shape = self.data.train.images.shape[1:3]
-                self.archive.draw(self.step, split, seen, models.first_weights(model, shape))
+                self.archive.draw(self.step, split, scores, models.first_weights(model, shape))
 
     def save(self) -> None:
-        """Saves a checkpoint in the background, with the records that belong to it."""
+        """Save a checkpoint, with the records up to it, in the background."""
         if self.archive is not None:
             if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(self.state.params)):
-                raise Diverged(f"the weights after step {self.step} are not finite: {self.advice()}")
-            self.archive.save(self.state, self.accuracy())
+                raise Diverged(f"the weights after step {self.step} are not finite: {self.divergence_advice()}")
+            self.archive.save(self.state, self.validation_accuracy())
 
-    def settle(self) -> None:
-        """Returns when the run is on the disk, as far as it is. Raises UserError where that cannot be."""
+    def flush(self) -> None:
+        """Wait until the current state is on disk. Raise UserError if it cannot be saved."""
         if self.archive is not None:
             with self.clock("checkpoint"):
-                self.archive.settle(self.state, self.accuracy())
+                self.archive.settle(self.state, self.validation_accuracy())
 
-    def accuracy(self) -> float | None:
-        """The accuracy on the validation images, where it is known of this very step."""
-        last = self.latest("validation")
+    def validation_accuracy(self) -> float | None:
+        """Return the validation accuracy if the current step has been evaluated."""
+        last = self.last_record("validation")
         return last["accuracy"] if last and last["step"] == self.step else None
 
-    def latest(self, split: str) -> dict[str, Any] | None:
-        """The last record of ``split``."""
+    def last_record(self, split: str) -> dict[str, Any] | None:
         return next((record for record in reversed(self.records.few) if record["split"] == split), None)
 
     def finish(self) -> Run:
-        """Scores the test images, and writes the result."""
+        """Evaluate on the test images and write the result."""
         test = self.evaluate("test", self.data.test)
         assert test is not None  # every data set has test images
-        validation = self.latest("validation")
-        accuracy = None if validation is None else validation["accuracy"]
+        validation = self.last_record("validation")
         state = parallel.gather(self.state, self.mesh)
-        result = result_of(
+        result = make_result(
             self.config,
             state,
             self.mesh,
             self.backend,
             self.clock,
             epochs=self.step / self.epoch_length,
-            validation_accuracy=accuracy,
+            validation_accuracy=None if validation is None else validation["accuracy"],
             test=test,
         )
-        if self.archive is not None and hosts.is_first():
+        if self.archive is not None and hosts.is_first_process():
             try:
                 self.archive.end()
                 write_json(self.archive.folder / "result.json", result)
             except OSError as error:
-                raise folders.unwritable(self.archive.folder, error) from None
+                raise folders.write_error(self.archive.folder, error) from None
         return Run(self.config, state, folders.describe_data(self.data), self.records.history, result)
 
 
 def means(totals: Totals) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Mean loss and accuracy of each step; NaN where a step did not happen."""
+    """Return mean loss and accuracy of each step; NaN for steps that were not done."""
     with np.errstate(invalid="ignore"):
         images = np.asarray(totals.images)
         return np.asarray(totals.loss) / images, np.asarray(totals.correct) / images
 
 
 def stops_early(config: Config, records: list[dict[str, Any]]) -> bool:
-    """Whether the validation records so far meet ``train.stop_accuracy``, or have not risen for ``train.patience``."""
+    """Return True if ``train.stop_accuracy`` is reached or the last ``train.patience`` evaluations had no new best."""
     target, patience = config.train.stop_accuracy, config.train.patience
-    if target is None and patience is None:
-        return False
     accuracies = [record["accuracy"] for record in records if record["split"] == "validation"]
     if not accuracies:
         return False

@@ -1,100 +1,62 @@
-"""What an experiment gains from more devices, and what these tell each other.
+"""Scaling of an experiment over devices: speed, and the bytes that devices exchange.
 
-Strong scaling shares one batch out among the devices; weak scaling gives each of them a whole one.
+Strong scaling splits one batch among the devices; weak scaling gives each device a full batch.
 """
 
-import itertools
 import math
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
-import numpy as np
 
-from flaxmnist import inspection, order, parallel, program
-from flaxmnist.benchmarks import Trainer, race
-from flaxmnist.config import Config, load_experiment
-from flaxmnist.data import Dataset, load_data
+from flaxmnist import benchmarks, parallel, program
+from flaxmnist.config import Config
+from flaxmnist.data import Dataset
 
-# An operation by which devices exchange arrays, in XLA's text: its result's types, its name.
+# In XLA's text: the result types of a collective operation, and the bits and shape of an array type.
 COLLECTIVE = re.compile(r"= (.+?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 ARRAY = re.compile(r"[a-z](\d+)\[([\d,]*)\]")
 
 
-def exchanged_bytes(compiled: program.Program) -> int:
-    """Bytes that come out of the exchanges between devices in one step."""
+def exchanged_bytes(compiled: program.Program | program.TrialProgram) -> int:
+    """Return the bytes that the collective operations of one step produce."""
     text = compiled.compiled.as_text() or ""
-    arrays = [each for types in COLLECTIVE.findall(text) for each in ARRAY.findall(types)]
-    return sum(int(bits) // 8 * math.prod(int(side) for side in sides.split(",") if side) for bits, sides in arrays)
-
-
-def resized(config: Config, batch_size: int) -> Config:
-    """``config`` with another batch size."""
-    return replace(config, train=replace(config.train, batch_size=batch_size))
+    arrays = (array for types in COLLECTIVE.findall(text) for array in ARRAY.findall(types))
+    return sum(int(bits) // 8 * math.prod(int(side) for side in shape.split(",") if side) for bits, shape in arrays)
 
 
 def measure(config: Config, data: Dataset) -> list[dict[str, Any]]:
-    """Speeds on 1, 2, 4, … devices by each backend, all raced in turns.
-
-    The batch is that of ``config``, rounded to what divides by the most devices.
-    """
-    counts = [2**i for i in range(jax.device_count().bit_length())]
-    config = order.resolve(config, len(data.train.labels))
-    config = resized(config, max(1, round(config.train.batch_size / counts[-1])) * counts[-1])
-    size, trainers, rows = config.train.batch_size, {}, []
-    params = program.state_shapes(config, data).params
-    for backend, count in itertools.product(get_args(program.Backend), counts):
-        strong, weak = (
-            Trainer(resized(config, batch), data, parallel.make_mesh(count), backend) for batch in (size, count * size)
-        )
-        trainers |= {f"strong {backend} {count}": strong.run, f"weak {backend} {count}": weak.run}
-        rows.append(
-            {
-                "name": config.name,
-                "backend": backend,
-                "devices": count,
-                "batch_size": size,
-                "exchanged_bytes": exchanged_bytes(strong.compiled),
-                "model_bytes": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)),
-            }
-        )
-    speeds = {name: np.array(each) for name, each in race(trainers).items()}
-    for row in rows:
-        backend, count = row["backend"], row["devices"]
-        for kind, batches in (("strong", 1), ("weak", count)):
-            images = speeds[f"{kind} {backend} {count}"] * batches * size
-            one = speeds[f"{kind} {backend} 1"] * size
-            row[kind] = {"images_per_second": float(np.median(images)), "ratio": float(np.median(images / one))}
+    """Return a row per backend and number of devices (1, 2, 4, …). The batch size is rounded to divide by them all."""
+    counts, trainers, rows = [2**i for i in range(jax.device_count().bit_length())], {}, []
+    size = max(1, round(config.train.batch_size / counts[-1])) * counts[-1]
+    for backend, count in product(get_args(program.Backend), counts):
+        for kind, batch_size in (("strong", size), ("weak", count * size)):
+            resized = replace(config, train=replace(config.train, batch_size=batch_size))
+            trainers[kind, backend, count] = benchmarks.Trainer(resized, data, parallel.make_mesh(count), backend)
+    speeds = benchmarks.compare_speeds({key: trainer.run for key, trainer in trainers.items()})
+    for backend, count in product(get_args(program.Backend), counts):
+        strong = trainers["strong", backend, count]
+        row = {"name": config.name, "backend": backend, "devices": count, "batch_size": size}
+        row["exchanged_bytes"] = exchanged_bytes(strong.compiled)
+        row["model_bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(strong.state.params))
+        for kind, batch_size in (("strong", size), ("weak", count * size)):
+            images, one_device = batch_size * speeds[kind, backend, count], size * speeds[kind, backend, 1]
+            ratio = benchmarks.median(images / one_device)
+            row[kind] = {"images_per_second": benchmarks.median(images), "ratio": ratio}
+        rows.append(row)
     return rows
 
 
 def run(experiment: Path, data_dir: Path | None) -> list[dict[str, Any]]:
-    """``measure`` of an experiment file."""
-    config = load_experiment(experiment)
-    return measure(config, load_data(config.data, data_dir))
+    return measure(*benchmarks.load(experiment, data_dir))
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table; sizes in bytes."""
-    cells: list[tuple[str, ...]] = [
-        ("experiment", "backend", "devices", "strong images/s", "× one", "weak images/s", "× one", "exchanged", "model")
-    ]
-    for row in rows:
-        speeds = (cell for kind in ("strong", "weak") for cell in (row[kind]["images_per_second"], row[kind]["ratio"]))
-        sizes = (f"{row[name]:,}" for name in ("exchanged_bytes", "model_bytes"))
-        strong, strong_ratio, weak, weak_ratio = speeds
-        cells.append(
-            (
-                row["name"],
-                row["backend"],
-                str(row["devices"]),
-                f"{strong:,.0f}",
-                f"{strong_ratio:.2f}",
-                f"{weak:,.0f}",
-                f"{weak_ratio:.2f}",
-                *sizes,
-            )
-        )
-    return inspection.table(cells)
+    """Return the rows as a table, with sizes in bytes."""
+    header = "experiment, backend, devices, strong images/s, × one, weak images/s, × one, exchanged, model"
+    cells = "{name} {backend} {devices} {strong[images_per_second]:,.0f} {strong[ratio]:.2f} "
+    cells += "{weak[images_per_second]:,.0f} {weak[ratio]:.2f} {exchanged_bytes:,} {model_bytes:,}"
+    return benchmarks.format_results(header, cells, rows)

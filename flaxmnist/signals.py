@@ -1,4 +1,4 @@
-"""Being told to stop."""
+"""Signals that stop a run."""
 
 import contextlib
 import os
@@ -6,71 +6,62 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Iterator
 
 from flaxmnist.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-# Seconds from the first signal to the end at the latest; and those in which another one does not count as a second.
-GRACE, REPEAT = 30.0, 1.0
+# Seconds that a run has to stop after the first signal.
+GRACE = 30.0
 
-
-@contextlib.contextmanager
-def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Within the block, ``handler`` is called for each of SIGNALS."""
-    before = {each: signal.signal(each, handler) for each in SIGNALS}
-    try:
-        yield
-    finally:
-        for each, previous in before.items():
-            signal.signal(each, previous)
+# Seconds in which further signals count as the first: process managers often signal a group and each of its processes.
+REPEAT_SECONDS = 1.0
 
 
 @contextlib.contextmanager
 def stop_on_signals(grace: float = GRACE) -> Iterator[threading.Event]:
-    """Within the block, the first signal sets the event; the process ends ``grace`` seconds later at the latest.
+    """Within the block, the first signal sets the event, and the process exits after ``grace`` seconds at the latest.
 
-    A second signal ends it at once. A thread sees to that, because Python's handlers wait for the main thread, which
+    A second signal exits at once. A thread does this, because Python runs signal handlers on the main thread, which
     may be compiling.
     """
     stop = threading.Event()
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
     def watch() -> None:
-        if not os.read(reading, 1):
+        if not os.read(reader, 1):
             return
         stop.set()
         first = time.monotonic()
         while (left := first + grace - time.monotonic()) > 0:
-            ready, _, _ = select.select([reading], [], [], left)
-            if ready and not os.read(reading, 1):
+            ready, _, _ = select.select([reader], [], [], left)
+            if ready and not os.read(reader, 1):
                 return
-            # Who tells a whole group of processes to stop often tells each of them twice: that is one signal.
-            if ready and time.monotonic() - first > REPEAT:
-                end("ended by a second signal")
-        end(f"the run did not stop within {grace:g} s of a signal")
+            if ready and time.monotonic() - first > REPEAT_SECONDS:
+                exit_process("stopped by a second signal")
+        exit_process(f"the run did not stop within {grace:g} s of a signal")
 
     thread = threading.Thread(target=watch, daemon=True)
-    # The handler too sets it, in case an event loop in the main thread borrows Python's only wake-up file.
-    with handled(lambda number, frame: stop.set()):
-        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        thread.start()
-        try:
-            yield stop
-        finally:
-            signal.set_wakeup_fd(before)
-            # The thread reads the end of the pipe.
-            os.close(writing)
-            thread.join()
-            os.close(reading)
+    # The handler sets the event too, in case an event loop in the main thread replaces the wake-up file descriptor.
+    handlers = {number: signal.signal(number, lambda *_: stop.set()) for number in SIGNALS}
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield stop
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        os.close(writer)  # ends the thread, which reads the end of the pipe
+        thread.join()
+        os.close(reader)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def end(reason: str, linger: float = 0) -> None:
-    """Ends this process, whatever its main thread does, ``linger`` seconds after it said why."""
+def exit_process(reason: str, delay: float = 0) -> None:
+    """Print ``reason`` and exit ``delay`` seconds later with code 75, even if the main thread is busy."""
     with contextlib.suppress(OSError):
-        os.write(2, f"flaxmnist: {reason}; --resume goes on\n".encode())
-    time.sleep(linger)
+        os.write(2, f"flaxmnist: {reason}; --resume continues\n".encode())
+    time.sleep(delay)
     os._exit(Stopped.exit_code)

@@ -1,4 +1,4 @@
-"""What a training step takes and gives."""
+"""Inputs and outputs of a training step."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 
 class Batch(NamedTuple):
-    """The images of a step; those of weight 0 fill up a short batch and count for nothing."""
+    """The images of a step; those of weight 0 are the padding of a short batch and do not count."""
 
     images: UInt8[Array, "b h w 1"]
     labels: Int32[Array, " b"]
@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Sums over examples; floats, which are exact for whole numbers up to 2²⁴."""
+    """Sums over images, as floats, which are exact for integers up to 2²⁴."""
 
     loss: Float[Array, "..."]
     correct: Float[Array, "..."]
@@ -27,44 +27,44 @@ class Totals(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What a step saw before its update: its own batch, and its epoch up to and with that batch."""
+    """Metrics of a step before its update: of its batch, and of its epoch up to and including that batch."""
 
     batch: Totals
     epoch: Totals
     gradient_norm: Float[Array, "..."]  # of the batch's mean loss, before clipping
 
     def nonfinite(self, start: int, count: int) -> dict[int, str]:
-        """Says, by step, what is not finite in the first ``count`` places, which are steps from ``start`` on."""
-        found = {}
+        """Return a message per non-finite step among the first ``count`` entries, the steps from ``start`` on."""
+        messages = {}
         for name, values in (("gradient norm", self.gradient_norm), ("loss", self.batch.loss)):
-            for place in np.flatnonzero(~np.isfinite(values[:count])):
-                found[start + int(place)] = f"the {name} at step {start + place} is {values[place]}"
-        return dict(sorted(found.items()))
+            for index in np.flatnonzero(~np.isfinite(values[:count])):
+                messages[start + int(index)] = f"the {name} at step {start + index} is {values[index]}"
+        return dict(sorted(messages.items()))
 
 
-def row_before(step: int, steps: list[int]) -> int:
-    """How many of ``steps``, which ascend, come right before ``step`` without a gap."""
-    row = 0
-    while row < len(steps) and steps[-1 - row] == step - 1 - row:
-        row += 1
-    return row
+def consecutive_before(step: int, steps: list[int]) -> int:
+    """Count how many of the ascending ``steps`` come directly before ``step`` without a gap."""
+    count = 0
+    while count < len(steps) and steps[-1 - count] == step - 1 - count:
+        count += 1
+    return count
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything a run goes on from: a pytree of arrays beside the static structure of the model."""
+    """Everything a run resumes from: a pytree of arrays, and the static structure of the model."""
 
     graphdef: nnx.GraphDef = field(metadata={"static": True})
     step: Int32[Array, ""]  # steps done
     params: Any  # weights as nested dicts
     opt_state: optax.OptState
-    ema: Any  # averaged weights as nested dicts; None where the config has no train.ema_decay
-    epoch: Totals  # of the epoch the next step belongs to, so far
+    ema: Any  # averaged weights as nested dicts; None if the config has no train.ema_decay
+    epoch: Totals  # so far, of the epoch of the last step
 
     @property
     def weights(self) -> Any:
-        """The weights to evaluate and predict with: the averaged ones, where there are such."""
+        """The weights for evaluation and prediction: the averaged ones if there are any."""
         return self.params if self.ema is None else self.ema
 
     @property

@@ -1,4 +1,4 @@
-"""Training as pure functions: the first state, one step, many steps in one program.
+"""Training as pure functions: the initial state, one step, many steps in one program.
 
 Nothing here compiles, shards, donates or prints. ``config`` is static, everything else is arrays.
 """
@@ -20,17 +20,17 @@ from flaxmnist.config import Config
 from flaxmnist.order import steps_per_epoch
 from flaxmnist.state import Batch, Metrics, Totals, TrainState
 
-# Every random number of a run comes from (seed, stream, step), so that none has to be carried or saved.
+# Every random number of a run is a function of (seed, stream, step), so that no key has to be carried or saved.
 STREAMS = ("init", "dropout", "augment")
 
 
 def stream_key(seed: int | Int[Array, ""], stream: str, step: int | Int[Array, ""] = 0) -> PRNGKeyArray:
-    """The key of one of STREAMS at one step."""
+    """Return the random key of one of STREAMS at one step."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream)), step)
 
 
 def create_state(config: Config, shape: tuple[int, int], classes: int) -> TrainState:
-    """The state before the first step, for images of ``shape`` (height, width) and so many ``classes``."""
+    """Return the state before the first step, for images of ``shape`` (height, width)."""
     rngs = nnx.Rngs(params=stream_key(config.seed, "init"))
     graphdef, variables = nnx.split(models.make_model(config.model, shape, classes, rngs))
     params = nnx.to_pure_dict(variables)
@@ -45,7 +45,7 @@ def create_state(config: Config, shape: tuple[int, int], classes: int) -> TrainS
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The optimizer for a run as long as ``config`` says."""
+    """Return the optimizer for a run of the length in ``config``."""
     return optim.make_optimizer(config.optimizer, config.train.length // config.optimizer.accumulate)
 
 
@@ -58,67 +58,67 @@ def train_logits(
     *,
     axis_name: str | None = None,
 ) -> Float[Array, "b classes"]:
-    """The logits of a training step: on augmented images, with dropout, computed in ``train.compute_dtype``.
+    """Return the logits of a training step: with augmentation and dropout, computed in ``train.compute_dtype``.
 
-    ``axis_name`` is as in ``train_step``: what is drawn for an image is the same in a part of a batch as in the whole.
+    For ``axis_name`` see ``train_step``. Augmentation and dropout of an image are the same in a shard as in a batch.
     """
-    part, parts = (0, 1) if axis_name is None else (jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name))
+    shard, num_shards = (0, 1) if axis_name is None else (jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name))
     dtype, rate = config.train.compute_dtype, config.model.dropout
     model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
     key, x = stream_key(config.seed, "augment", step), layers.normalise(images)
-    x = augment(config.data.augment, key, x, first=part * images.shape[0]).astype(dtype)
-    if fields.is_off(rate):
+    x = augment(config.data.augment, key, x, offset=shard * images.shape[0]).astype(dtype)
+    if fields.is_zero(rate):
         return model(x).astype(jnp.float32)
     key, layer = stream_key(config.seed, "dropout", step), itertools.count()
 
-    def drop(values):
-        return layers.dropout(values, rate, jax.random.fold_in(key, next(layer)), part=part, parts=parts)
+    def dropout(values):
+        return layers.dropout(values, rate, jax.random.fold_in(key, next(layer)), shard=shard, num_shards=num_shards)
 
-    return model(x, dropout=drop).astype(jnp.float32)
+    return model(x, dropout=dropout).astype(jnp.float32)
 
 
 def train_step(
     config: Config, state: TrainState, batch: Batch, *, axis_name: str | None = None
 ) -> tuple[TrainState, Metrics]:
-    """One update by the mean gradient of the batch, and what was seen before it.
+    """Update once by the mean gradient of the batch; return the new state and the metrics before the update.
 
-    Under ``jax.pmap`` each device calls this with its equal part of the batch, in order, and the axis' name: losses,
-    counts and gradients are summed over it, and divided by the images of the whole batch.
+    With several devices, each calls this on its shard of the batch (equal shards, in order) with the ``axis_name`` over
+    which to sum losses, counts and gradients. The mean is over the images of the full batch.
     """
 
-    def over_devices(tree):
+    def sum_over_devices(tree):
         return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
-    images = over_devices(jnp.sum(batch.weights))
+    images = sum_over_devices(jnp.sum(batch.weights))
 
     def loss(params):
         logits = train_logits(config, state.graphdef, params, batch.images, state.step, axis_name=axis_name)
-        # A filling image must reach neither sum nor gradient, even where its own loss is not finite.
+        # Padding must not affect the sums and the gradient, even if its loss is not finite.
         logits = jnp.where(batch.weights[:, None] > 0, logits, 0)
         losses = objective.cross_entropy(config.objective, logits, batch.labels)
         total, correct = jnp.sum(losses * batch.weights), objective.correct(logits, batch.labels)
         return total / images, Totals(total, jnp.sum(correct * batch.weights), jnp.sum(batch.weights))
 
-    gradients, totals = over_devices(jax.grad(loss, has_aux=True)(state.params))
+    gradients, totals = sum_over_devices(jax.grad(loss, has_aux=True)(state.params))
     norm = optax.tree.norm(gradients)
-    before = state = replace(state, step=state.step + 1)
+    unchanged = state = replace(state, step=state.step + 1)
     updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     state = replace(state, params=params, opt_state=opt_state, epoch=jax.tree.map(jnp.add, state.epoch, totals))
     if config.train.ema_decay is not None:
-        # The plain mean of the weights so far, until that reaches further back than the decay does.
-        share = jnp.maximum(1 - config.train.ema_decay, 1 / state.step)
-        state = replace(state, ema=jax.tree.map(lambda mean, new: mean + share * (new - mean), state.ema, params))
+        # First the plain mean of all weights so far, until its 1/step falls below the moving average's 1 − decay.
+        rate = jnp.maximum(1 - config.train.ema_decay, 1 / state.step)
+        state = replace(state, ema=jax.tree.map(lambda mean, new: mean + rate * (new - mean), state.ema, params))
     if config.train.skip_nonfinite:
         finite = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
-        state = jax.tree.map(partial(jnp.where, finite), state, before)
+        state = jax.tree.map(partial(jnp.where, finite), state, unchanged)
     return state, Metrics(totals, state.epoch, norm)
 
 
 def take_batch(images: UInt8[Array, "n h w 1"], labels: Int32[Array, " n"], indices: Int32[Array, " b"]) -> Batch:
-    """The batch of the given images; index −1 is a filling of weight 0."""
-    chosen = jnp.maximum(indices, 0)
-    return Batch(images[chosen], labels[chosen], (indices >= 0).astype(jnp.float32))
+    """Return the batch of the images at ``indices``; index −1 is padding of weight 0."""
+    rows = jnp.maximum(indices, 0)
+    return Batch(images[rows], labels[rows], (indices >= 0).astype(jnp.float32))
 
 
 def train_steps(
@@ -131,20 +131,20 @@ def train_steps(
     *,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """``count`` steps in one program, on the batches that the first rows of ``indices`` name.
+    """Do ``count`` steps in one program, on the batches given by the first rows of ``indices``.
 
-    ``count`` is traced, so one compiled program serves every stretch of at most ``capacity`` steps, and however a run
-    is cut into stretches its bits are the same. ``axis_name`` is as in ``train_step``. Returns the metrics of each
-    step, [capacity], those beyond ``count`` 0.
+    ``count`` is traced, so that one compiled program serves chunks of up to ``capacity`` steps, and results do not
+    depend on how a run is divided into chunks. For ``axis_name`` see ``train_step``. Return the new state and the
+    metrics of each step, [capacity], with zeros after ``count``.
     """
     epoch_length = steps_per_epoch(config, images.shape[0])
 
     def body(i, carry):
         state, metrics = carry
-        first = state.step % epoch_length == 0
-        state = replace(state, epoch=jax.tree.map(lambda total: jnp.where(first, 0, total), state.epoch))
-        state, seen = train_step(config, state, take_batch(images, labels, indices[i]), axis_name=axis_name)
-        return state, jax.tree.map(lambda all_steps, one: all_steps.at[i].set(one), metrics, seen)
+        starts_epoch = state.step % epoch_length == 0
+        state = replace(state, epoch=jax.tree.map(lambda total: jnp.where(starts_epoch, 0, total), state.epoch))
+        state, new = train_step(config, state, take_batch(images, labels, indices[i]), axis_name=axis_name)
+        return state, jax.tree.map(lambda values, value: values.at[i].set(value), metrics, new)
 
     empty = jax.tree.map(lambda _: jnp.zeros(indices.shape[0]), Metrics(state.epoch, state.epoch, state.step))
     return jax.lax.fori_loop(0, count, body, (state, empty))

@@ -1,8 +1,8 @@
-"""Many runs at once: seeds × settings, trained as few programs, with what they say together.
+"""Sweeps: trials over seeds × settings, trained with as few compiled programs as possible.
 
-A setting is an experiment and the values of the fields that are swept. Where members are vectorised, settings that
-differ only in the values of fields that change no shape share a program; one after another, each has its own, so that
-a member is its single run to the bit.
+A setting is one combination of values of the swept fields; a trial is the run of one experiment with one setting and
+seed. If trials are vectorised, those that differ only in seed and in fields that change no shape share a program. If
+they run sequentially, each setting has its own program, and each trial is bitwise identical to a single run.
 """
 
 import itertools
@@ -24,36 +24,36 @@ from flaxmnist import evaluation, fields, folders, order, parallel, program, res
 from flaxmnist.config import CNN, Config
 from flaxmnist.data import Dataset, Split
 from flaxmnist.errors import Stopped, UserError
-from flaxmnist.logs import Progress, plain
+from flaxmnist.logs import Progress, to_json_value
 from flaxmnist.parts import Kept, Sweep
-from flaxmnist.state import Metrics, TrainState, row_before
+from flaxmnist.state import Metrics, TrainState, consecutive_before
 
-# Fields whose values may differ between the members of one program.
+# Fields whose values may differ between the trials of one program.
 TRACED = re.compile(
     r"optimizer\.(learning_rate|momentum|b1|b2|weight_decay)|model\.dropout|objective\.label_smoothing"
     r"|model\.(kernel|bias)_init\.\w+"
 )
 
-# Fields that say what is swept, and over which images.
+# Fields that cannot be swept: the experiment, its images and the seeds define them.
 FIXED = {"name", "seed", "data.name", "data.validation", "data.order_seed"}
 
-# Seconds that a chunk takes at most, about.
+# Approximate upper bound on the seconds per chunk.
 CHUNK_SECONDS = 1.0
 
-# Runs in one sweep.
-MOST_MEMBERS = 100_000
+# Trials in one sweep.
+MAX_TRIALS = 100_000
 
-# The share of a device's memory that members take.
-MEMORY_SHARE = 0.5
+# Fraction of a device's memory that trials may use.
+MEMORY_FRACTION = 0.5
 
 
 @dataclass(frozen=True)
-class Member:
+class Trial:
     """One run of a sweep."""
 
-    config: Config  # its length in steps
+    config: Config  # with its length in steps
     data: Dataset
-    fields: dict[str, Any]  # the swept ones, by their dotted names
+    fields: dict[str, Any]  # values of the swept fields, by dotted name
 
 
 def sweep(
@@ -66,14 +66,15 @@ def sweep(
     exact: bool = False,
     devices: int | None = None,
 ) -> Sweep:
-    """Trains ``config`` with each seed and each combination of the values in ``over``, {dotted field: values}.
+    """Train ``config`` with each seed and each combination of the values in ``over``, {dotted field: values}.
 
-    ``seeds`` is how many, from 0 on, or which. With ``share_order`` all runs see the batches of the first seed, which
-    is what makes small models fast. With ``exact`` each run is to the bit what ``fit`` would give. Raises UserError.
+    ``seeds`` is a list, or a number of seeds counted from 0. With ``share_order`` all trials use the batches of the
+    first seed, which makes small models fast. With ``exact`` each trial is bitwise identical to ``fit``. Raise
+    UserError.
     """
-    which = range(seeds) if isinstance(seeds, int) else list(seeds)
-    combined = [dict(zip(over or {}, values, strict=True)) for values in itertools.product(*(over or {}).values())]
-    return run([(config, data)], which, combined, share_order=share_order, exact=exact, devices=devices)
+    seeds = range(seeds) if isinstance(seeds, int) else list(seeds)
+    settings = [dict(zip(over or {}, values, strict=True)) for values in itertools.product(*(over or {}).values())]
+    return run([(config, data)], seeds, settings, share_order=share_order, exact=exact, devices=devices)
 
 
 def run(
@@ -89,143 +90,143 @@ def run(
     overwrite: bool = False,
     stop: threading.Event | None = None,
 ) -> Sweep:
-    """``sweep`` of several experiments over given ``settings``, kept in ``workdir`` where there is one."""
+    """Train every experiment with every setting and seed; save the sweep in ``workdir`` unless it is None."""
     names = [config.name for config, _ in experiments]
     if len(set(names)) < len(names):
-        raise UserError(f"experiments of a sweep need names of their own, but these are {', '.join(names)}")
+        raise UserError(f"experiments of a sweep need different names, but these are {', '.join(names)}: rename one")
     mesh = parallel.make_mesh(devices)
-    members = plan(experiments, seeds, settings, share_order)
-    kept = Kept(workdir, described(experiments, seeds, settings, share_order, exact, mesh), resume, overwrite)
-    total = sum(member.config.train.length for member in members)
-    done = sum(members[number].config.train.length for number in kept.results)
-    progress = Progress(total, done, members[0].config.train.batch_size)
+    trials = plan_trials(experiments, seeds, settings, share_order)
+    kept = Kept(workdir, describe_sweep(experiments, seeds, settings, share_order, exact, mesh), resume, overwrite)
+    total = sum(trial.config.train.length for trial in trials)
+    done = sum(trials[index].config.train.length for index in kept.results)
+    progress = Progress(total, done, trials[0].config.train.batch_size)
     try:
         try:
             with parallel.memory_errors():
-                for group in groups_of(members, share_order, exact):
-                    group.train(members, mesh, kept, progress, stop or threading.Event())
+                for group in group_trials(trials, share_order, exact):
+                    group.train(trials, mesh, kept, progress, stop or threading.Event())
         finally:
-            kept.settle()
+            kept.flush()
         return kept.finish(total)
     finally:
         progress.close()
         kept.lock.release()
 
 
-# --- What is trained ------------------------------------------------------------------------------------------------
+# --- Planning -------------------------------------------------------------------------------------------------------
 
 
-def plan(
+def plan_trials(
     experiments: Sequence[tuple[Config, Dataset]],
     seeds: Sequence[int],
     settings: Sequence[dict[str, Any]],
     share_order: bool,
-) -> list[Member]:
-    """The members in order: by experiment, setting and seed. Raises UserError for a config that makes no sense."""
-    if len(experiments) * len(settings) * len(seeds) > MOST_MEMBERS:
-        raise UserError(f"a sweep has at most {MOST_MEMBERS:,} members: give fewer seeds, values or experiments")
-    members = []
+) -> list[Trial]:
+    """Return the trials ordered by experiment, setting and seed. Raise UserError if a config is invalid."""
+    if len(experiments) * len(settings) * len(seeds) > MAX_TRIALS:
+        raise UserError(f"a sweep has at most {MAX_TRIALS:,} trials: pass fewer seeds, values or experiments")
+    trials = []
     for (config, data), setting, seed in itertools.product(experiments, settings, seeds):
         if config.train.patience is not None or config.train.stop_accuracy is not None:
-            raise UserError("members of a sweep do not stop early: set train.patience and train.stop_accuracy to None")
+            raise UserError("trials of a sweep cannot stop early: set train.patience and train.stop_accuracy to None")
         for name, value in setting.items():
             if name in FIXED:
-                raise UserError(f"{name} cannot be swept: it is given by the experiment and --seeds")
-            fields.get(config, name)  # raises where there is no such field
-            config = fields.put(config, name, value, check=False)
+                raise UserError(f"{name} cannot be swept: it is set by the experiment and --seeds")
+            fields.get(config, name)  # raises UserError if there is no such field
+            config = fields.replace(config, name, value, check=False)
         if share_order:
-            config = fields.put(config, "data.order_seed", seeds[0], check=False)
-        # Checked once all is in its place: some fields make sense together alone.
-        config = order.resolve(replace(config, seed=seed), len(data.train.labels))
-        members.append(Member(config, data, dict(setting)))
-    if not members:
-        raise UserError("there is nothing to train: give at least one seed and one value of each field")
-    return members
+            config = fields.replace(config, "data.order_seed", seeds[0], check=False)
+        # Checked only when all values are set, because some are only valid together.
+        config = order.resolve_length(replace(config, seed=seed), len(data.train.labels))
+        trials.append(Trial(config, data, dict(setting)))
+    if not trials:
+        raise UserError("there is nothing to train: pass at least one seed and one value of each field")
+    return trials
 
 
-def trains_alone(config: Config, share_order: bool) -> bool:
-    """Whether members are trained faster one after another than vectorised.
+def runs_sequentially(config: Config, share_order: bool) -> bool:
+    """Return True if trials train faster sequentially than vectorised.
 
-    On CPU, CNNs are, and all where each has batches of its own. Steps a second of all members, as multiples of the
-    single run's (two cores of a Xeon with AVX-512, JAX 0.10.2): `quickstart` × 8 one after another 1.0, vectorised
-    0.22, for XLA makes one slow grouped convolution of them, and 0.49 or 0.31 with convolutions as products of shifted
-    images or of patches; `cnn_experts` × 4 1.0 and 0.25. `softmax_beginners` × 128 with shared batches 4.2, vectorised;
-    × 32 with its own 1.0 one after another, 1.2 vectorised, which is not to the bit. GPUs and TPUs have not been
-    measured: there all are vectorised.
+    On CPU this holds for CNNs, and for all models if each trial has its own batches. Steps/s of all trials relative to
+    a single run (two cores of a Xeon with AVX-512, JAX 0.10.2): `quickstart` × 8 sequential 1.0, vectorised 0.22,
+    because XLA merges the convolutions into one slow grouped convolution, and 0.49 or 0.31 with convolutions as
+    products of shifted images or of patches; `cnn_experts` × 4 1.0 and 0.25. `softmax_beginners` × 128 with shared
+    batches 4.2 vectorised; × 32 with own batches 1.0 sequential, 1.2 vectorised, but not bitwise identical. GPUs and
+    TPUs have not been measured; trials are always vectorised there.
     """
     return jax.default_backend() == "cpu" and (isinstance(config.model, CNN) or not share_order)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Members that one program trains."""
+    """Trials that share one compiled program."""
 
-    numbers: list[int]  # of the members
-    names: tuple[str, ...]  # fields whose values differ between them
-    alone: bool  # whether they are trained one after another
+    indices: list[int]  # of the trials
+    names: tuple[str, ...]  # fields whose values differ between the trials
+    sequential: bool  # one trial at a time per device, not vectorised
     share_order: bool
 
-    def train(self, members: list[Member], mesh: Mesh, kept: Kept, progress: Progress, stop: threading.Event) -> None:
-        """Trains those that are not kept yet."""
-        if set(self.numbers) <= kept.results.keys():
+    def train(self, trials: list[Trial], mesh: Mesh, kept: Kept, progress: Progress, stop: threading.Event) -> None:
+        """Train the trials that are not finished yet."""
+        if set(self.indices) <= kept.results.keys():
             return
-        first = members[self.numbers[0]]
-        train = program.place(first.data.train, mesh)
+        first = trials[self.indices[0]]
+        train = program.put_split(first.data.train, mesh)
         compiled = self.compile(first, train, mesh)
         try:
-            for start in range(0, len(self.numbers), compiled.size):
-                numbers = self.numbers[start : start + compiled.size]
-                if not set(numbers) <= kept.results.keys():
-                    block = Block(compiled, [members[number] for number in numbers], self.names)
-                    block.go_on(kept.unfinished(numbers))
-                    block.train(progress, stop, partial(kept.save_unfinished, numbers))
-                    for place, number in enumerate(numbers):
-                        kept.add(number, block.finish(place), block.curves[place], block.member(place).weights)
-                    kept.spend(block.seconds)
+            for start in range(0, len(self.indices), compiled.size):
+                indices = self.indices[start : start + compiled.size]
+                if not set(indices) <= kept.results.keys():
+                    block = Block(compiled, [trials[index] for index in indices], self.names)
+                    block.restore(kept.load_unfinished(indices))
+                    block.train(progress, stop, partial(kept.save_unfinished, indices))
+                    for row, index in enumerate(indices):
+                        kept.add(index, block.finish(row), block.curves[row], block.trial_state(row).weights)
+                    kept.add_seconds(block.seconds)
         finally:
             kept.save()
 
-    def compile(self, first: Member, train: Split, mesh: Mesh) -> program.Members:
-        """The program for as many members at once as the memory of a device holds."""
-        each = 1 if self.alone else -(-len(self.numbers) // mesh.size)
+    def compile(self, first: Trial, train: Split, mesh: Mesh) -> program.TrialProgram:
+        """Compile the program for as many trials at once as fit into the memory of a device."""
+        per_device = 1 if self.sequential else -(-len(self.indices) // mesh.size)
         while True:
-            compiled = program.Members(first.config, self.names, first.data, train, mesh, each, self.share_order)
-            if each == 1 or compiled.bytes <= MEMORY_SHARE * parallel.memory(mesh):
+            compiled = program.TrialProgram(
+                first.config, self.names, first.data, train, mesh, per_device, self.share_order
+            )
+            if per_device == 1 or compiled.bytes <= MEMORY_FRACTION * parallel.device_memory(mesh):
                 return compiled
-            each = -(-each // 2)
+            per_device = -(-per_device // 2)
 
 
-def groups_of(members: list[Member], share_order: bool, exact: bool) -> list[Group]:
-    """The members by the program that trains them."""
+def group_trials(trials: list[Trial], share_order: bool, exact: bool) -> list[Group]:
     groups: dict[str, Group] = {}
-    for number, member in enumerate(members):
-        alone = exact or trains_alone(member.config, share_order)
-        names = () if alone else tuple(name for name in member.fields if TRACED.fullmatch(name))
-        static = fields.flatten(fields.to_json(member.config))
+    for index, trial in enumerate(trials):
+        sequential = exact or runs_sequentially(trial.config, share_order)
+        names = () if sequential else tuple(name for name in trial.fields if TRACED.fullmatch(name))
+        static = fields.flatten(fields.to_json(trial.config))
         for name in ("seed", "data.order_seed", *names):
             del static[name]
-        group = groups.setdefault(json.dumps(static), Group([], names, alone, share_order))
-        group.numbers.append(number)
+        groups.setdefault(json.dumps(static), Group([], names, sequential, share_order)).indices.append(index)
     return list(groups.values())
 
 
 class Block:
-    """Members that are trained at once, from the first step to the last."""
+    """Trials that are trained simultaneously; the trial in row i is row i of each array of ``state``."""
 
-    def __init__(self, compiled: program.Members, members: list[Member], names: tuple[str, ...]):
-        self.compiled, self.members = compiled, members
-        # Places that are left over are filled with the last member.
-        filled = [members[min(place, len(members) - 1)] for place in range(compiled.size)]
-        self.configs = [member.config for member in filled]
+    def __init__(self, compiled: program.TrialProgram, trials: list[Trial], names: tuple[str, ...]):
+        self.compiled, self.trials = compiled, trials
+        # Pad to the program's size with copies of the last trial.
+        padded = [trials[min(row, len(trials) - 1)] for row in range(compiled.size)]
+        self.configs = [trial.config for trial in padded]
         self.seeds = np.array([config.seed for config in self.configs], np.int32)
-        self.values = np.array([[member.fields[name] for name in names] for member in filled], np.float32)
+        self.values = np.array([[trial.fields[name] for name in names] for trial in padded], np.float32)
         self.values = self.values.reshape(compiled.size, len(names))
         self.state = compiled.create(self.seeds, self.values)
         self.curves: list[dict[str, list[Any]]] = [
-            {"step": [], "validation": [], "loss": [], "accuracy": []} for _ in members
+            {"step": [], "validation": [], "loss": [], "accuracy": []} for _ in trials
         ]
-        self.failed: list[str | None] = [None] * len(members)
-        self.skipped: list[list[int]] = [[] for _ in members]  # steps whose loss or gradient was not finite
+        self.failed: list[str | None] = [None] * len(trials)  # the reason, if a trial diverged
+        self.skipped: list[list[int]] = [[] for _ in trials]  # steps whose loss or gradient was not finite
         self.step, self.seconds = 0, 0.0  # of training
 
     def train(
@@ -234,95 +235,91 @@ class Block:
         stop: threading.Event,
         save: Callable[[Callable[[], dict[str, np.ndarray]], bool], None],
     ) -> None:
-        """Trains to the end. Raises Stopped after the chunk in which ``stop`` is set.
+        """Train to the end. Raise Stopped after the chunk in which ``stop`` is set.
 
-        ``save`` is told after every chunk what can be gone on from, and whether now is the last time.
+        After each chunk, call ``save(self.to_arrays, now)``; ``now`` is True if training stops here.
         """
         train, rate = self.configs[0].train, 10.0
-        progress.show(progress.step + self.step * len(self.members))
+        progress.show(progress.step + self.step * len(self.trials))
         while self.step < train.length:
             every = train.evaluate_every or train.length
             due = min(train.length, self.step - self.step % every + every)
             count = min(due - self.step, self.compiled.capacity, max(1, int(rate * CHUNK_SECONDS)))
             began = time.perf_counter()
             self.state, metrics = self.compiled(self.seeds, self.values, self.state, self.configs, self.step, count)
-            self.report(self.step, count, jax.device_get(metrics))
+            self.record(self.step, count, jax.device_get(metrics))
             seconds = time.perf_counter() - began
             self.seconds, self.step, rate = self.seconds + seconds, self.step + count, count / seconds
-            progress.show(progress.step + count * len(self.members))
+            progress.show(progress.step + count * len(self.trials))
             if self.step == due:
                 self.validate(self.step)
-            save(self.arrays, stop.is_set())
+            save(self.to_arrays, stop.is_set())
             if stop.is_set():
-                raise Stopped("stopped; --resume goes on")
+                raise Stopped("stopped; --resume continues")
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What it takes to go on from here."""
-        told = {"step": self.step, "seconds": self.seconds, "failed": self.failed, "skipped": self.skipped}
-        curves = [{name: [plain(x) for x in column] for name, column in each.items()} for each in self.curves]
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return everything that is needed to resume from the current step."""
+        curves = [{name: [to_json_value(x) for x in column] for name, column in c.items()} for c in self.curves]
+        progress = {"step": self.step, "seconds": self.seconds, "failed": self.failed, "skipped": self.skipped}
         leaves = {f"leaf.{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))}
-        return {"told": np.array(json.dumps(told | {"curves": curves})), **leaves}
+        return {"told": np.array(json.dumps(progress | {"curves": curves})), **leaves}
 
-    def go_on(self, arrays: dict[str, np.ndarray] | None) -> None:
-        """Goes on from what ``arrays`` gave, if it fits: on other devices, other members may be trained at once."""
+    def restore(self, arrays: dict[str, np.ndarray] | None) -> None:
+        """Resume from ``arrays`` if the shapes match; on other devices, the size of a block may differ."""
         leaves, tree = jax.tree.flatten(self.state)
         if arrays is None or any(
             f"leaf.{i}" not in arrays or arrays[f"leaf.{i}"].shape != leaf.shape for i, leaf in enumerate(leaves)
         ):
             return
-        placed = [jax.device_put(arrays[f"leaf.{i}"], leaf.sharding) for i, leaf in enumerate(leaves)]
-        self.state = jax.tree.unflatten(tree, placed)
-        told = json.loads(str(arrays["told"]))
-        self.step, self.seconds, self.curves = told["step"], told["seconds"], told["curves"]
-        self.failed, self.skipped = told["failed"], told["skipped"]
+        restored = [jax.device_put(arrays[f"leaf.{i}"], leaf.sharding) for i, leaf in enumerate(leaves)]
+        self.state = jax.tree.unflatten(tree, restored)
+        progress = json.loads(str(arrays["told"]))
+        self.step, self.seconds, self.curves = progress["step"], progress["seconds"], progress["curves"]
+        self.failed, self.skipped = progress["failed"], progress["skipped"]
 
-    def report(self, start: int, count: int, metrics: Metrics) -> None:
-        """Takes down the losses of ``count`` steps from ``start`` on, and who diverged."""
+    def record(self, start: int, count: int, metrics: Metrics) -> None:
+        """Record the losses of ``count`` steps from ``start`` on, and mark the trials that diverged."""
         train = self.configs[0].train
-        for place, skipped in enumerate(self.skipped):
-            mine: Metrics = jax.tree.map(lambda values, place=place: np.asarray(values)[place], metrics)
-            for step, reason in mine.nonfinite(start, count).items():
-                if self.failed[place] is None and row_before(step, skipped) >= train.skip_nonfinite:
-                    self.fail(place, reason)
-                elif self.failed[place] is None:
+        for row, skipped in enumerate(self.skipped):
+            trial_metrics: Metrics = jax.tree.map(lambda values, row=row: np.asarray(values)[row], metrics)
+            for step, reason in trial_metrics.nonfinite(start, count).items():
+                if self.failed[row] is None and consecutive_before(step, skipped) >= train.skip_nonfinite:
+                    self.failed[row] = reason
+                elif self.failed[row] is None:
                     skipped.append(step)
-            loss, correct, images = mine.batch
+            loss, correct, images = trial_metrics.batch
             for i in range(-start % train.log_every, count, train.log_every):
-                self.note(place, start + i, False, loss[i] / images[i], correct[i] / images[i])
+                self.add_point(row, start + i, False, loss[i] / images[i], correct[i] / images[i])
 
-    def note(self, place: int, step: int, validation: bool, loss: Any, accuracy: Any) -> None:
+    def add_point(self, row: int, step: int, validation: bool, loss: Any, accuracy: Any) -> None:
         for name, value in (("step", step), ("validation", validation), ("loss", loss), ("accuracy", accuracy)):
-            self.curves[place][name].append(value)
-
-    def fail(self, place: int, reason: str) -> None:
-        self.failed[place] = self.failed[place] or reason
+            self.curves[row][name].append(value)
 
     def validate(self, step: int) -> None:
-        """Evaluates on the validation images, where there are such."""
-        images = self.members[0].data.validation
+        """Evaluate every trial on the validation images, if there are any."""
+        images = self.trials[0].data.validation
         if images is not None:
-            for place in range(len(self.members)):
-                seen = evaluation.evaluate(self.member(place).model, *images)
-                if not np.isfinite(seen.loss):
-                    self.fail(place, f"the validation loss after step {step} is {seen.loss}")
-                self.note(place, step, True, seen.loss, seen.accuracy)
+            for row in range(len(self.trials)):
+                scores = evaluation.evaluate(self.trial_state(row).model, *images)
+                if not np.isfinite(scores.loss):
+                    self.failed[row] = self.failed[row] or f"the validation loss after step {step} is {scores.loss}"
+                self.add_point(row, step, True, scores.loss, scores.accuracy)
 
-    def member(self, place: int) -> TrainState:
-        """The state of one member."""
-        return jax.tree.map(lambda x: x[place], self.state)
+    def trial_state(self, row: int) -> TrainState:
+        return jax.tree.map(lambda x: x[row], self.state)
 
-    def finish(self, place: int) -> dict[str, Any]:
-        """One member's line in result.json."""
-        member, state, failed = self.members[place], self.member(place), self.failed[place]
-        test = evaluation.evaluate(state.model, *member.data.test)
+    def finish(self, row: int) -> dict[str, Any]:
+        """Evaluate a trial on the test images and return its entry in result.json."""
+        trial, state, failed = self.trials[row], self.trial_state(row), self.failed[row]
+        test = evaluation.evaluate(state.model, *trial.data.test)
         if not np.isfinite(test.loss):
             failed = failed or f"the test loss is {test.loss}"
-        curves = self.curves[place]
+        curves = self.curves[row]
         validated = list(itertools.compress(curves["accuracy"], curves["validation"]))
         return {
-            "experiment": member.config.name,
-            "seed": member.config.seed,
-            "fields": member.fields,
+            "experiment": trial.config.name,
+            "seed": trial.config.seed,
+            "fields": trial.fields,
             "test_accuracy": None if failed else test.accuracy,
             "validation_accuracy": validated[-1] if validated and not failed else None,
             "test_loss": None if failed else test.loss,
@@ -331,7 +328,7 @@ class Block:
         }
 
 
-def described(
+def describe_sweep(
     experiments: Sequence[tuple[Config, Dataset]],
     seeds: Sequence[int],
     settings: Sequence[dict[str, Any]],
@@ -339,7 +336,7 @@ def described(
     exact: bool,
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """What ``sweep.json`` holds: all that the results depend on."""
+    """Return the content of ``sweep.json``: everything that the results depend on."""
     return {
         "experiments": [fields.to_json(config) for config, _ in experiments],
         "data": [folders.describe_data(data) for _, data in experiments],

@@ -1,4 +1,4 @@
-"""What a run folder knows, without the experiment file: its model, how well it does, what it reads."""
+"""Load, evaluate and predict with the model of a run folder, without its experiment file."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from flaxmnist.state import TrainState
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint of a run, and what it was trained on."""
+    """A checkpoint of a run, and a description of the data that it was trained on."""
 
     config: Config
     state: TrainState = field(repr=False)
@@ -28,88 +28,90 @@ class Trained:
 
     @property
     def model(self) -> nnx.Module:
-        """The model to evaluate and predict with."""
+        """Return the model to evaluate and predict with."""
         return self.state.model
 
     @property
     def epoch_length(self) -> int:
-        """Steps of a pass over the training images."""
+        """Return the number of steps in an epoch."""
         return order.steps_per_epoch(self.config, self.data["train"])
 
 
-def load(workdir: str | Path, which: str = "latest") -> Trained:
-    """The checkpoint called ``which``, "latest", "best" or a step, of the run in ``workdir``.
+def load_checkpoint(workdir: str | Path, which: str = "latest") -> Trained:
+    """Load the checkpoint ``which`` of the run in ``workdir``: "latest", "best" or a step.
 
-    Needs the run folder alone. Raises UserError where it holds no such checkpoint.
+    Only the run folder is needed. Raise UserError if it has no such checkpoint.
     """
     from flaxmnist.checkpoints import restore
 
     folder = Path(workdir)
-    described = folders.read_described(folder)
-    config = fields.from_json(described.get("config"), Config)
-    with folders.as_saved(folder):
-        data = described["data"]
+    description = folders.read_description(folder)
+    config = fields.from_json(description.get("config"), Config)
+    with folders.damage_as_user_error(folder):
+        data = description["data"]
         height, width = data["shape"]
         create = partial(steps.create_state, config, (height, width), data["classes"])
     saved = manifest.find(folder / "checkpoints", which)
     if saved is None:
-        raise UserError(f"{folder} has no checkpoint yet: train on with --resume")
-    # On one device, wherever it was saved.
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        raise UserError(f"{folder} has no intact checkpoint: continue training with --resume")
+    # On one device, whatever devices it was saved from.
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(create)
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
     return Trained(config, restore(folder / "checkpoints", saved.step, like), data)
 
 
 def evaluate_run(
     workdir: str | Path, which: str = "latest", split: str = "test", data_dir: str | Path | None = None
 ) -> evaluation.Evaluation:
-    """How the checkpoint called ``which`` does on a split of the data it was trained on.
+    """Evaluate the checkpoint ``which`` on a split of the data set that it was trained on.
 
-    Raises UserError where ``data_dir`` holds other data.
+    Raise UserError if ``data_dir`` contains another data set.
     """
-    trained = load(workdir, which)
-    data = data_of(workdir, trained.config, trained.data, data_dir)
-    return evaluation.evaluate(trained.model, *split_of(workdir, data, split))
+    trained = load_checkpoint(workdir, which)
+    data = load_training_data(workdir, trained.config, trained.data, data_dir)
+    return evaluation.evaluate(trained.model, *get_split(workdir, data, split))
 
 
-def data_of(trained: str | Path, config: Config, about: dict[str, Any], data_dir: str | Path | None) -> Dataset:
-    """What ``trained``, a folder or a file, learned from, which its ``config`` and what it has noted ``about`` it say.
+def load_training_data(
+    trained: str | Path, config: Config, expected: dict[str, Any], data_dir: str | Path | None
+) -> Dataset:
+    """Load the data set that ``trained``, a folder or a file, was trained on.
 
-    Raises UserError where ``data_dir`` holds other data.
+    Raise UserError if the source or the classes in ``data_dir`` differ from ``expected``, the saved description.
     """
-    data = load_data(replace(config.data, name=about["name"]), data_dir)
-    if (data.source, data.classes) != (about["source"], about["classes"]):
+    data = load_data(replace(config.data, name=expected["name"]), data_dir)
+    if (data.source, data.classes) != (expected["source"], expected["classes"]):
         raise UserError(
-            f"{trained} was trained on {about['source']} with {about['classes']} classes, but here are {data.source} "
-            f"with {data.classes}: give its --data-dir"
+            f"{trained} was trained on {expected['source']} with {expected['classes']} classes, but this data set is "
+            f"{data.source} with {data.classes}: use the --data-dir it was trained on"
         )
     return data
 
 
-def split_of(trained: str | Path, data: Dataset, split: str) -> Split:
-    """The images called ``split``. Raises UserError where there are none."""
+def get_split(trained: str | Path, data: Dataset, split: str) -> Split:
+    """Return the images of ``split``. Raise UserError if there are none."""
     images = data.splits()[split]
     if images is None:
         raise UserError(f"{trained} has no {split} images: its data.validation is 0")
     return images
 
 
-class Reading(NamedTuple):
-    """What a model read in an image file."""
+class FilePrediction(NamedTuple):
+    """The prediction for an image file."""
 
     file: Path
-    image: UInt8[np.ndarray, "28 28 1"]  # as the model saw it
+    image: UInt8[np.ndarray, "28 28 1"]  # the input of the model
     answer: int  # the most probable class
     probabilities: Float[np.ndarray, " classes"]
 
 
-def read_files(workdir: str | Path, paths: Iterable[str | Path], which: str = "latest") -> list[Reading]:
-    """What the checkpoint called ``which`` reads in image files and folders of them; raises UserError for no digit."""
-    trained = load(workdir, which)
+def predict_files(workdir: str | Path, paths: Iterable[str | Path], which: str = "latest") -> list[FilePrediction]:
+    """Predict the digits in image files and folders of them. Raise UserError for an image without a digit."""
+    trained = load_checkpoint(workdir, which)
     if trained.data["shape"] != [28, 28]:
-        raise UserError(f"{workdir} was trained on images of {trained.data['shape']} pixels: only 28×28 are read here")
+        raise UserError(f"{workdir} was trained on images of {trained.data['shape']} pixels: use a model for 28×28")
     files = digits.find_images(paths)
     images = np.stack([digits.read_digit(file) for file in files])
     classes, probabilities = evaluation.predict(trained.model, images)
-    return [Reading(*each) for each in zip(files, images, classes.tolist(), probabilities, strict=True)]
+    return [FilePrediction(*values) for values in zip(files, images, classes.tolist(), probabilities, strict=True)]

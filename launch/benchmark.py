@@ -1,4 +1,4 @@
-"""Measures speed: python launch/benchmark.py [NAME…] [--json FILE] [--peer torch] [--runs N] [--plot FILE.png] …"""
+"""Measure speed: python launch/benchmark.py [NAME…] [--json FILE] [--peer torch] [--runs N] [--plot FILE.png] …"""
 
 import json
 import sys
@@ -16,24 +16,24 @@ SYSTEMS = ("softmax_beginners", "softmax_epochs", "mlp_scratch", "cnn_experts", 
 
 @dataclass(frozen=True)
 class Arguments:
-    names: tyro.conf.Positional[tuple[str, ...]] = SYSTEMS  # experiments, by the names of their files
-    json: Path | None = None  # write the figures to this file, as a list of objects
-    peer: Literal["torch"] | None = None  # race against the same systems in PyTorch, which must be installed
-    runs: int = 0  # train each experiment whole so many times, seeds 0, 1, …: seconds, and test accuracies
-    scaling: bool = False  # instead: speeds on 1, 2, 4, … devices, and what these exchange
-    plot: Path | None = None  # draw a bar chart into this file
-    data_dir: Path | None = None  # where data sets lie; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
+    names: tyro.conf.Positional[tuple[str, ...]] = SYSTEMS  # experiments, by file name
+    json: Path | None = None  # write the results to this file, as a list of objects
+    peer: Literal["torch"] | None = None  # compare with the same systems in PyTorch, which must be installed
+    runs: int = 0  # train each experiment N times, with seeds 0, 1, …: seconds and test accuracies
+    scaling: bool = False  # instead, measure speed and communication on 1, 2, 4, … devices
+    plot: Path | None = None  # draw a bar chart to this file
+    data_dir: Path | None = None  # folder of the data sets; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
 
 
 def benchmark(arguments: Arguments) -> None:
-    """Prints a table, and writes what was asked for."""
+    """Print a table, and write the requested files."""
     for path in (arguments.json, arguments.plot):
         if path is not None and not path.parent.is_dir():
-            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+            raise UserError(f"cannot write {path}: create the folder {path.parent}, or use another one")
     if arguments.scaling and (arguments.peer or arguments.runs or arguments.plot):
-        raise UserError("--scaling goes with --json alone: leave out --peer, --runs and --plot")
+        raise UserError("--scaling supports only --json: omit --peer, --runs and --plot")
     if arguments.runs < 0:
-        raise UserError(f"--runs is a number from 0 on, but is {arguments.runs}")
+        raise UserError(f"--runs must be at least 0, but is {arguments.runs}")
     experiments = [Path(__file__).parent.parent / f"experiments/{name}.py" for name in arguments.names]
     if arguments.scaling:
         results = [row for path in experiments for row in scaling.run(path, arguments.data_dir)]

@@ -1,4 +1,4 @@
-"""Evaluates a run, a sweep or an export: python launch/evaluate.py WORKDIR|FILE [--step latest|best|N] [--split …]"""
+"""Evaluate a run, a sweep or an export: python launch/evaluate.py WORKDIR|FILE [--step latest|best|N] [--split …]"""
 
 import os
 import sys
@@ -14,50 +14,45 @@ from flaxmnist.errors import UserError, exit_code
 
 @dataclass(frozen=True)
 class Arguments:
-    workdir: tyro.conf.Positional[Path]  # the folder of a run or of a sweep, or a file of launch/export.py
-    step: str = "latest"  # which checkpoint: latest, best (by validation accuracy), or a step
-    split: Literal["test", "validation", "train"] = "test"  # which images
-    ensemble: int | Literal["all"] | None = None  # of a sweep: so many members of its best setting together; alone: all
-    data_dir: Path | None = None  # where data sets lie; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
+    workdir: tyro.conf.Positional[Path]  # folder of a run or sweep, or a file of launch/export.py
+    step: str = "latest"  # checkpoint: latest, best (by validation accuracy), or a step
+    split: Literal["test", "validation", "train"] = "test"  # images to evaluate on
+    ensemble: int | Literal["all"] | None = None  # for a sweep: trials of its best setting to ensemble; no value: all
+    data_dir: Path | None = None  # folder of the data sets; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
 
 
 def evaluate(arguments: Arguments) -> None:
-    """Prints loss, accuracy and what became of each class; of a sweep, members and ensemble."""
-    program.keep_programs()
-    swept = os.path.exists(arguments.workdir / "sweep.json")
-    if swept != (arguments.ensemble is not None):
+    """Print loss, accuracy and results per class; for a sweep, the trials and their ensemble."""
+    program.use_compilation_cache()
+    is_sweep = os.path.exists(arguments.workdir / "sweep.json")
+    if is_sweep != (arguments.ensemble is not None):
         raise UserError(
-            f"{arguments.workdir} is {'' if swept else 'not '}the folder of a sweep: "
-            f"{'give' if swept else 'leave out'} --ensemble"
+            f"{arguments.workdir} is {'' if is_sweep else 'not '}the folder of a sweep: "
+            f"{'pass' if is_sweep else 'omit'} --ensemble"
         )
-    if swept:
+    if is_sweep:
         size = None if arguments.ensemble == "all" else arguments.ensemble
         print(ensembles.report(ensembles.evaluate(arguments.workdir, size, arguments.split, arguments.data_dir)))
     elif arguments.workdir.suffix in exports.SUFFIXES:
         if arguments.step != "latest":
-            raise UserError(f"{arguments.workdir} holds one step: leave out --step, which launch/export.py takes")
+            raise UserError(f"{arguments.workdir} holds only one step: omit --step, and pass it to launch/export.py")
         print(inspection.class_report(exports.evaluate(arguments.workdir, arguments.split, arguments.data_dir)))
     else:
-        seen = trained.evaluate_run(arguments.workdir, arguments.step, arguments.split, arguments.data_dir)
-        print(inspection.class_report(seen))
+        evaluation = trained.evaluate_run(arguments.workdir, arguments.step, arguments.split, arguments.data_dir)
+        print(inspection.class_report(evaluation))
 
 
-def read(argv: list[str]) -> Arguments:
-    """The arguments; ``--ensemble`` alone means all."""
-    following = [*argv[1:], "--"]
-    argv = (
-        [
-            f"{word}=all" if word == "--ensemble" and not after.isdecimal() else word
-            for word, after in zip(argv, following, strict=True)
-        ]
-        if argv
-        else []
-    )
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Parse the arguments; ``--ensemble`` without a number means all."""
+    argv = [
+        f"{word}=all" if word == "--ensemble" and not following.isdecimal() else word
+        for word, following in zip(argv, [*argv[1:], ""], strict=False)
+    ]
     return tyro.cli(Arguments, args=argv, prog="launch/evaluate.py", description=__doc__)
 
 
 def main(argv: list[str]) -> int:
-    return exit_code(lambda: evaluate(read(argv)))
+    return exit_code(lambda: evaluate(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes a run as safetensors and StableHLO: python launch/export.py WORKDIR [--step latest|best|N] [--out DIR]"""
+"""Export a run as safetensors and StableHLO: python launch/export.py WORKDIR [--step latest|best|N] [--out DIR]"""
 
 import sys
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from flaxmnist.errors import exit_code
 
 @dataclass(frozen=True)
 class Arguments:
-    workdir: tyro.conf.Positional[Path]  # the run folder
-    step: str = "latest"  # which checkpoint: latest, best (by validation accuracy), or a step
-    out: Path | None = None  # where to, in place of an earlier export; default: WORKDIR/export
+    workdir: tyro.conf.Positional[Path]  # run folder
+    step: str = "latest"  # checkpoint: latest, best (by validation accuracy), or a step
+    out: Path | None = None  # output folder, replaces an earlier export; default: WORKDIR/export
 
 
 def export(arguments: Arguments) -> None:
-    """Prints each file, its bytes, and what to try next."""
+    """Export, and print each file, its size and the next commands."""
     folder = arguments.workdir / "export" if arguments.out is None else arguments.out
-    for file in exports.write(trained.load(arguments.workdir, arguments.step), folder):
+    for file in exports.write(trained.load_checkpoint(arguments.workdir, arguments.step), folder):
         print(f"{file}  {file.stat().st_size:,} bytes")
     print(f"next: python launch/evaluate.py {folder / 'model.stablehlo'}")
     print(f"      python {folder / 'load.py'} IMAGES.npy")

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# One run as N processes on this machine: launch/local.sh N EXPERIMENT.py [OPTION …]
+# Train with N processes on this machine: launch/local.sh N EXPERIMENT.py [OPTION …]
 #
-# With GPUs each process takes one of them; on CPU, JAX_NUM_CPU_DEVICES is how many devices each makes of it.
+# On GPU, each process uses one device; on CPU, each has JAX_NUM_CPU_DEVICES virtual devices.
 set -u
 [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || { echo "usage: launch/local.sh N EXPERIMENT.py [OPTION …]" >&2; exit 2; }
 count=$1
 shift
 
 here=$(dirname "$0")
-# A port that nothing listens on.
+# A free port.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
 processes=()
@@ -18,13 +18,13 @@ for ((i = 0; i < count; i++)); do
     processes+=($!)
 done
 
-# Who tells this script to stop, means the run. (A terminal's Ctrl-C reaches all by itself.)
+# Forward signals to the processes. (Ctrl-C in a terminal reaches them directly.)
 trap 'kill -TERM "${processes[@]}" 2>/dev/null' TERM
 trap 'kill -USR1 "${processes[@]}" 2>/dev/null' USR1
 trap : INT
 
-# A signal ends a wait early, so each process is waited for until it is gone. 75, "to be resumed", tells more than the
-# way a lost process ended.
+# A signal interrupts wait, so repeat it until each process has ended. Of several exit codes, 75 (stopped) takes
+# precedence over that of a lost process.
 code=0
 for process in "${processes[@]}"; do
     until wait "$process"; ended=$?; ! kill -0 "$process" 2>/dev/null; do :; done

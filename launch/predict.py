@@ -1,4 +1,4 @@
-"""Reads digits in image files: python launch/predict.py WORKDIR IMAGE|DIR… [--json] [--plot FILE.png]"""
+"""Classify digits in image files: python launch/predict.py WORKDIR IMAGE|DIR… [--json] [--plot FILE.png]"""
 
 import json
 import sys
@@ -13,24 +13,24 @@ from flaxmnist.errors import exit_code
 
 @dataclass(frozen=True)
 class Arguments:
-    workdir: tyro.conf.Positional[Path]  # the run folder
-    images: tyro.conf.Positional[tuple[Path, ...]]  # image files, or folders of them
-    plot: Path | None = None  # draw what the model saw, and what it read, into this PNG file
-    json: bool = False  # one JSON object a line: file, class, probabilities
-    step: str = "latest"  # which checkpoint: latest, best (by validation accuracy), or a step
+    workdir: tyro.conf.Positional[Path]  # run folder
+    images: tyro.conf.Positional[tuple[Path, ...]]  # image files, or folders of image files
+    plot: Path | None = None  # draw the model's inputs and predictions to this PNG file
+    json: bool = False  # print one JSON object per line: file, class, probabilities
+    step: str = "latest"  # checkpoint: latest, best (by validation accuracy), or a step
 
 
 def predict(arguments: Arguments) -> None:
-    """Prints each image as the model saw it, and the probabilities of the classes beside it."""
-    program.keep_programs()
-    readings = trained.read_files(arguments.workdir, arguments.images, arguments.step)
+    """Print each image as the model sees it, and the class probabilities."""
+    program.use_compilation_cache()
+    predictions = trained.predict_files(arguments.workdir, arguments.images, arguments.step)
     if arguments.plot is not None:
-        figures.save(plots.readings(readings), arguments.plot)
-    for file, image, answer, probabilities in readings:
+        figures.save(plots.predictions(predictions), arguments.plot)
+    for file, image, predicted, probabilities in predictions:
         if arguments.json:
-            print(json.dumps({"file": str(file), "class": answer, "probabilities": probabilities.tolist()}))
+            print(json.dumps({"file": str(file), "class": predicted, "probabilities": probabilities.tolist()}))
         else:
-            print(inspection.answer(str(file), image, probabilities), end="\n\n")
+            print(inspection.show_prediction(str(file), image, probabilities), end="\n\n")
 
 
 def main(argv: list[str]) -> int:

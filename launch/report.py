@@ -1,4 +1,4 @@
-"""Draws a run, several runs side by side, or a sweep: python launch/report.py WORKDIR… [--out DIR] [--data-dir DIR]"""
+"""Draw a run, several runs side by side, or a sweep: python launch/report.py WORKDIR… [--out DIR] [--data-dir DIR]"""
 
 import sys
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from flaxmnist.errors import UserError, exit_code
 
 @dataclass(frozen=True)
 class Arguments:
-    workdirs: tyro.conf.Positional[tuple[Path, ...]]  # the folder of a run or of a sweep, or those of runs to compare
-    out: Path | None = None  # where to write; default: the run's or sweep's folder, or the one that several lie in
-    data_dir: Path | None = None  # where data sets lie; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
+    workdirs: tyro.conf.Positional[tuple[Path, ...]]  # folder of a run or sweep, or folders of runs to compare
+    out: Path | None = None  # output folder; default: that of the run or sweep, or the common parent of several
+    data_dir: Path | None = None  # folder of the data sets; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
 
 
 def report(arguments: Arguments) -> None:
-    """Writes the page and its pictures, and says where they are."""
+    """Write the page and its figures, and print their paths."""
     if not arguments.workdirs:
-        raise UserError("give the folder of a run or of a sweep: python launch/report.py runs/a")
-    page, pictures = reports.write(arguments.workdirs, arguments.out, arguments.data_dir)
-    for path in (*pictures, page):
+        raise UserError("no folder: pass that of a run or sweep, as in python launch/report.py runs/a")
+    page, figures = reports.write(arguments.workdirs, arguments.out, arguments.data_dir)
+    for path in (*figures, page):
         print(path)
 
 

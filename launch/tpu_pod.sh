@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# One run on all workers of a Cloud TPU pod: launch/tpu_pod.sh [--dry-run] NAME ZONE EXPERIMENT.py --workdir DIR [OPTION …]
+# Train on all workers of a TPU pod: launch/tpu_pod.sh [--dry-run] NAME ZONE EXPERIMENT.py --workdir DIR [OPTION …]
 #
-# DIR must lie where all workers see it: a Filestore mount, or a bucket by gcsfuse. The workers find each other through
-# their metadata. After a preemption, the same command goes on. With --dry-run, prints what it would do.
+# DIR must be on storage that all workers share: a Filestore mount, or a bucket mounted with gcsfuse. The workers find
+# each other through the pod's metadata. After a preemption, the same command resumes the run. --dry-run only prints the
+# commands.
 set -eu
 
 run() { "$@"; }
@@ -13,12 +14,12 @@ fi
 [ $# -ge 3 ] || { echo "usage: launch/tpu_pod.sh [--dry-run] NAME ZONE EXPERIMENT.py --workdir DIR [OPTION …]" >&2; exit 2; }
 name=$1 zone=$2
 shift 2
-[[ " $* " = *" --workdir"[\ =]* ]] || { echo "tpu_pod.sh: give a --workdir that all workers see" >&2; exit 2; }
+[[ " $* " = *" --workdir"[\ =]* ]] || { echo "tpu_pod.sh: no run folder: pass a --workdir that all workers share" >&2; exit 2; }
 
 cd "$(dirname "$0")/.."
 on_all() { run gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker all --command "$1"; }
 
-# The project as last committed, in a folder and a virtual environment of its own.
+# Install the last commit in a new folder and virtual environment on each worker.
 archive=$(mktemp -d)/flaxmnist.tar
 trap 'rm -r "$(dirname "$archive")"' EXIT
 run git archive --output "$archive" HEAD

@@ -1,21 +1,21 @@
-"""Trains an experiment: python launch/train.py EXPERIMENT.py [--workdir DIR] [--FIELD VALUE …]"""
+"""Train an experiment: python launch/train.py EXPERIMENT.py [--workdir DIR] [--FIELD VALUE …]"""
 
 import os
 import signal
 import sys
 import time
 
-BEGAN = time.perf_counter()
+START = time.perf_counter()
 
 
 def stop(*_) -> None:
-    """Ends this process, as is right while nothing needs saving; an exception would be lost in some callbacks."""
-    os.write(2, b"flaxmnist: stopped; --resume goes on\n")
+    """Exit at once, because nothing needs saving yet; some callbacks during imports would swallow an exception."""
+    os.write(2, b"flaxmnist: stopped; --resume continues\n")
     os._exit(75)
 
 
 if __name__ == "__main__":
-    # Before imports that take a second.
+    # Before the imports, which take a second.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, stop)
 
@@ -32,37 +32,37 @@ from flaxmnist.errors import BelowTarget, UserError, exit_code
 
 @dataclass(frozen=True)
 class Arguments:
-    experiment: tyro.conf.Suppress[Path]  # the experiment file, which is read before the options are
+    experiment: tyro.conf.Suppress[Path]  # experiment file, loaded before the options are parsed
     config: Annotated[fm.Config, tyro.conf.arg(name="")]
-    workdir: Path | None = None  # where the run is kept; default: a fresh runs/NAME-YYYYMMDD-HHMMSS
-    data_dir: Path | None = None  # where data sets lie; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
-    resume: bool = False  # go on from the newest checkpoint in --workdir; from step 0 where there is none
-    overwrite: bool = False  # throw away what lies in --workdir
-    allow_config_change: bool = False  # resume although fields differ
-    devices: int | None = None  # use the first so many devices; default: all
-    backend: program.Backend = "jit"  # how training is compiled for several devices
-    model_parallel: int = 1  # split each dense kernel, and its optimizer state, over so many devices
-    coordinator: str | None = None  # HOST:PORT of process 0, for several processes that no launcher JAX knows started
-    processes: int | None = None  # how many there are
-    process_id: int | None = None  # which one this is, from 0 on
-    grace: float = signals.GRACE  # seconds from a signal to the end, whatever is not saved by then
-    deterministic: bool = False  # on GPU, the same bits every time, at a cost in speed; CPU and TPU need no telling
-    heartbeat: float = hosts.HEARTBEAT  # seconds without a sign of life after which a process counts as lost
-    min_accuracy: float | None = None  # exit with 4 where the test accuracy, a fraction, is under this
-    print_config: bool = False  # print the config, parameters, operations and memory, and exit
-    profile: Path | None = None  # write a trace of a few steady steps to this folder
-    log_level: Literal["debug", "info", "warning", "error"] = "info"  # what to tell on standard error
+    workdir: Path | None = None  # run folder; default: a new runs/NAME-YYYYMMDD-HHMMSS
+    data_dir: Path | None = None  # folder of the data sets; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
+    resume: bool = False  # resume from the newest checkpoint in --workdir, or start if there is none
+    overwrite: bool = False  # delete the previous contents of --workdir
+    allow_config_change: bool = False  # resume although config fields have changed
+    devices: int | None = None  # use only the first N devices; default: all
+    backend: program.Backend = "jit"  # compile training for several devices with jit or pmap
+    model_parallel: int = 1  # shard each dense kernel and its optimizer state over N devices
+    coordinator: str | None = None  # HOST:PORT of process 0, if no launcher that JAX supports starts the processes
+    processes: int | None = None  # number of processes
+    process_id: int | None = None  # index of this process, from 0
+    grace: float = signals.GRACE  # seconds from a signal to the exit, even if saving is not done
+    deterministic: bool = False  # on GPU, bitwise reproducible but slower; CPU and TPU always are
+    heartbeat: float = hosts.HEARTBEAT_TIMEOUT  # seconds without a heartbeat after which a process counts as lost
+    min_accuracy: float | None = None  # exit with code 4 if the test accuracy is below this fraction
+    print_config: bool = False  # print the config, parameters, operations and memory, then exit
+    profile: Path | None = None  # write a profiler trace of a few steps after warm-up to this folder
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # messages on standard error
 
 
-def read(argv: list[str]) -> Arguments:
-    """The arguments; every default of ``--FIELD`` is the experiment's own."""
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Parse the arguments; the defaults of ``--FIELD`` are the values of the experiment."""
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
             print(f"{__doc__}\n\nAll options and fields: python launch/train.py experiments/quickstart.py --help")
             raise SystemExit(0)
-        raise UserError("give an experiment file first: python launch/train.py experiments/quickstart.py")
+        raise UserError("no experiment file: pass it first, as in python launch/train.py experiments/quickstart.py")
     config = fm.load_experiment(argv[0])
-    # A length on the command line takes the place of the experiment's, whichever of the two that is.
+    # --train.steps replaces the experiment's train.epochs, and vice versa.
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
         if any(argument.split("=")[0] == f"--train.{given}" for argument in argv):
             config = replace(config, train=replace(config.train, **{given: 1, other: None}))
@@ -73,36 +73,36 @@ def read(argv: list[str]) -> Arguments:
 
 
 def train(arguments: Arguments, clock: logs.Clock) -> None:
-    """Does what the arguments say, and prints the result."""
-    logs.show(arguments.log_level)
+    """Check the arguments, and train in all processes of the run."""
+    logs.show_messages(arguments.log_level)
     if arguments.resume and arguments.overwrite:
-        raise UserError("--resume goes on with a run and --overwrite throws it away: give one of them")
+        raise UserError("--resume continues a run and --overwrite deletes it: use only one of them")
     if arguments.resume and arguments.workdir is None:
-        raise UserError("--resume needs the --workdir to go on in")
+        raise UserError("--resume needs a run folder: pass --workdir")
     if arguments.min_accuracy is not None and not 0 <= arguments.min_accuracy <= 1:
-        raise UserError(f"--min-accuracy is a fraction in [0, 1], but is {arguments.min_accuracy}")
+        raise UserError(f"--min-accuracy must be a fraction in [0, 1], but is {arguments.min_accuracy}")
     if not 1 <= arguments.heartbeat <= 3600:
-        raise UserError(f"--heartbeat must lie in [1, 3600] seconds, but is {arguments.heartbeat}")
+        raise UserError(f"--heartbeat must be in [1, 3600] seconds, but is {arguments.heartbeat}")
     if not 0 < arguments.grace <= 86400:
-        raise UserError(f"--grace is a number of seconds in (0, 86400], but is {arguments.grace}")
+        raise UserError(f"--grace must be in (0, 86400] seconds, but is {arguments.grace}")
     if arguments.deterministic:
         program.make_deterministic()
     if arguments.print_config:
         data = fm.load_data(arguments.config.data, arguments.data_dir)
-        print(inspection.describe(arguments.config, data))
+        print(inspection.describe_experiment(arguments.config, data))
         return
-    with hosts.joined(arguments.coordinator, arguments.processes, arguments.process_id, arguments.heartbeat):
-        run_on(arguments, clock)
+    with hosts.join_processes(arguments.coordinator, arguments.processes, arguments.process_id, arguments.heartbeat):
+        train_process(arguments, clock)
 
 
-def run_on(arguments: Arguments, clock: logs.Clock) -> None:
-    """This process' part of the run."""
+def train_process(arguments: Arguments, clock: logs.Clock) -> None:
+    """Train in this process; the first one prints the result."""
     config = arguments.config
-    logs.show(arguments.log_level if hosts.is_first() else "warning")
+    logs.show_messages(arguments.log_level if hosts.is_first_process() else "warning")
     with clock("data"):
         data = fm.load_data(config.data, arguments.data_dir)
-    program.keep_programs()
-    workdir = arguments.workdir or Path(hosts.on_first(lambda: str(folders.fresh(config.name))))
+    program.use_compilation_cache()
+    workdir = arguments.workdir or Path(hosts.on_first_process(lambda: str(folders.fresh_folder(config.name))))
     with signals.stop_on_signals(arguments.grace) as stop:
         run = fm.fit(
             config,
@@ -119,17 +119,17 @@ def run_on(arguments: Arguments, clock: logs.Clock) -> None:
             stop=stop,
             clock=clock,
         )
-    if hosts.is_first():
+    if hosts.is_first_process():
         print(results.summary(run, workdir, arguments.data_dir))
     accuracy = run.result["test_accuracy"]
     if arguments.min_accuracy is not None and accuracy < arguments.min_accuracy:
-        raise BelowTarget(f"test accuracy {accuracy:.4f} is under --min-accuracy {arguments.min_accuracy}")
+        raise BelowTarget(f"test accuracy {accuracy:.4f} is below --min-accuracy {arguments.min_accuracy}")
 
 
 def main(argv: list[str]) -> int:
-    clock = logs.Clock(BEGAN)
+    clock = logs.Clock(START)
     clock.seconds["import"] = clock.total()
-    return exit_code(lambda: train(read(argv), clock))
+    return exit_code(lambda: train(parse_arguments(argv), clock))
 
 
 if __name__ == "__main__":

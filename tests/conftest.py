@@ -1,4 +1,4 @@
-"""Eight CPU devices, no silent broadcasting, and small things that several tests need."""
+"""Setup for all tests: eight CPU devices, no silent rank promotion, and shared fixtures and helpers."""
 
 import importlib.util
 import itertools
@@ -30,7 +30,7 @@ MODELS = {
 
 @pytest.fixture
 def getkey():
-    """A new key at every call, the same ones in every run of the test."""
+    """Return a function that returns a new key at every call, the same ones in every run of a test."""
     counter = itertools.count()
     return lambda: jax.random.key(next(counter))
 
@@ -43,13 +43,13 @@ def digits() -> Dataset:
 @pytest.fixture(scope="session")
 def few(digits) -> Dataset:
     """The first 70 training, 30 validation and 45 test images of the digits."""
-    parts = {"train": 70, "validation": 30, "test": 45}
-    splits = {name: Split(*(part[:size] for part in digits.splits()[name])) for name, size in parts.items()}
+    sizes = {"train": 70, "validation": 30, "test": 45}
+    splits = {name: Split(*(array[:size] for array in digits.splits()[name])) for name, size in sizes.items()}
     return replace(digits, **splits)
 
 
 def small(model="softmax", *, optimizer=None, data=None, **train) -> Config:
-    """A small experiment on the digits: 20 steps of batches of 16, unless told otherwise."""
+    """Return a small experiment on the digits, by default of 20 steps with batches of 16."""
     train = {"batch_size": 16, "steps": 20, "log_every": 1} | train
     return Config(
         name="small",
@@ -61,7 +61,7 @@ def small(model="softmax", *, optimizer=None, data=None, **train) -> Config:
 
 
 def main(script: str) -> Callable[[list[str]], int]:
-    """The main function of a command, to be called in this process: it takes arguments and returns the exit code."""
+    """Return the main function of a command, which takes its arguments and returns the exit code."""
     name = f"launch_{script}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / f"launch/{script}.py")
@@ -72,7 +72,7 @@ def main(script: str) -> Callable[[list[str]], int]:
 
 
 def assert_same(one, other) -> None:
-    """Two pytrees are bitwise the same."""
+    """Assert that two pytrees are bitwise identical."""
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=jax.tree_util.keystr(path))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A SLURM of one node on this machine, all of it under one folder: tests/slurm.sh start|stop FOLDER. Needs root, and
-# Debian's packages slurm-wlm and munge. After start, SLURM_CONF=FOLDER/slurm.conf leads sbatch, srun, squeue to it.
+# Start or stop a SLURM cluster of one node on this machine: tests/slurm.sh start|stop FOLDER. Its files are in FOLDER; set
+# SLURM_CONF=FOLDER/slurm.conf for sbatch, srun and squeue. Needs root and Debian's packages slurm-wlm and munge.
 set -eu
 command=$1
 folder=$2
@@ -13,7 +13,7 @@ if [ "$command" = stop ]; then
 fi
 
 mkdir -p "$folder"/{state,spool}
-# Munge insists on folders that nobody else can write to, and the daemons on a key and a socket of their own.
+# Munge requires a folder that nobody else can write to. Use a separate key and socket, not the system's.
 chmod 0755 "$folder"
 head -c 128 /dev/urandom >"$folder/munge.key"
 chmod 0400 "$folder/munge.key"
@@ -26,7 +26,7 @@ SlurmctldHost=$name(127.0.0.1)
 SlurmctldPort=$(free)
 SlurmdPort=$(free)
 AuthType=auth/munge
-# A requeued job waits for as long as a credential lives.
+# A requeued job waits until its credential expires.
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
@@ -60,6 +60,6 @@ for _ in $(seq 60); do
     [ "$(sinfo --noheader --format %T 2>/dev/null)" = idle ] && exit 0
     sleep 0.5
 done
-echo "SLURM's node did not come up:" >&2
+echo "SLURM's node did not start:" >&2
 tail -n 5 "$folder"/*.log >&2
 exit 1

@@ -1,10 +1,10 @@
-"""What takes minutes to prove: python tests/stress.py kill [--minutes 10] | stop EXPERIMENT.py | long
+"""Stress tests that take minutes: python tests/stress.py kill [--minutes 10] | stop EXPERIMENT.py | long
 
-``kill`` starts runs, kills them with SIGKILL at random moments, resumes them until they are finished, and compares what
-they end with to runs that were never killed: parameters, optimizer state and records must be the same to the bit, and
-TensorBoard must find each record once.
-``stop`` sends SIGTERM to an experiment at random moments, and tells how many seconds later it ended.
-``long`` trains 200,000 steps and looks at memory, speed and records. All exit with 1 where it is not as it should be.
+``kill`` kills runs with SIGKILL at random moments, resumes them until they finish, and compares them with runs that
+were never killed: parameters, optimizer state and records must be bitwise identical, and TensorBoard must find each
+record exactly once.
+``stop`` sends SIGTERM to an experiment at random moments, and prints how many seconds later it ended.
+``long`` trains 200,000 steps and checks memory, speed and records. Each exits with 1 on failure.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from flaxmnist.config import SGD, Config, Data, Softmax, Train
 
 ROOT = Path(__file__).parent.parent
 
-# Runs of a few seconds, which save all the time and carry all that a state may hold. The last is of two processes.
+# Runs of a few seconds that save often and together use every kind of state. The last one has two processes.
 RUNS = {
     "softmax": """
         model=Softmax(), optimizer=SGD(learning_rate=0.1),
@@ -54,7 +54,7 @@ RUNS = {
 
 
 def command(folder: Path, name: str, workdir: Path) -> list[str]:
-    """What trains the run called ``name`` of RUNS: one process, or two."""
+    """Return the command that trains run ``name`` of RUNS, with one process or two."""
     start = (
         ["bash", str(ROOT / "launch/local.sh"), "2"]
         if name == "two"
@@ -63,117 +63,115 @@ def command(folder: Path, name: str, workdir: Path) -> list[str]:
     return [*start, str(folder / f"{name}.py"), "--resume", "--workdir", str(workdir)]
 
 
-def moment(workdir: Path, began: float, told: str) -> str:
-    """Where in its life a run was killed."""
+def phase(workdir: Path, start_time: float, output: str) -> str:
+    """Return the phase in which a run was killed."""
     if (workdir / "result.json").exists():
         return "after the result"
     if list(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")):
         return "while a checkpoint was written"
-    if "step " in told.replace("at step", ""):
-        return "in training"
+    if "step " in output.replace("at step", ""):
+        return "during training"
     config = workdir / "config.json"
-    if config.exists() and config.stat().st_mtime > began:
-        return "while compiling"
-    return "while starting"
+    if config.exists() and config.stat().st_mtime > start_time:
+        return "during compilation"
+    return "during startup"
 
 
-def same(one: Path, other: Path) -> list[str]:
-    """What differs between two finished runs."""
-    # Not above: it has JAX make eight devices, here and in processes that are started.
+def differences(expected: Path, actual: Path) -> list[str]:
+    """Return the names of what differs between two finished runs."""
+    # Not imported above, because it makes JAX use eight devices, here and in subprocesses.
     from test_events import recorded, scalars
 
-    differs = []
-    if (one / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes():
-        differs.append("metrics.jsonl")
+    names = []
+    if (expected / "metrics.jsonl").read_bytes() != (actual / "metrics.jsonl").read_bytes():
+        names.append("metrics.jsonl")
     if scalars(other) != recorded(other):
-        differs.append("tensorboard")
-    states = [fm.load_run(folder).state for folder in (one, other)]
+        names.append("tensorboard")
+    states = [fm.load_run(folder).state for folder in (expected, actual)]
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(states[0]), jax.tree.leaves(states[1]), strict=True):
         if np.asarray(a).tobytes() != np.asarray(b).tobytes():
-            differs.append(jax.tree_util.keystr(path))
-    hashes = [json.loads((folder / "result.json").read_text())["params_sha256"] for folder in (one, other)]
-    return differs if hashes[0] == hashes[1] else [*differs, "params_sha256"]
+            names.append(jax.tree_util.keystr(path))
+    hashes = [json.loads((folder / "result.json").read_text())["params_sha256"] for folder in (expected, actual)]
+    return names if hashes[0] == hashes[1] else [*names, "params_sha256"]
 
 
 def kill(minutes: float, seed: int) -> bool:
-    """Whether all killed runs ended as if they had not been."""
+    """Return True if all killed runs ended like runs that were never killed."""
     scratch = Path(tempfile.mkdtemp(prefix="stress-"))
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    whole = {}
+    durations = {}
     for name, fields in RUNS.items():
         (scratch / f"{name}.py").write_text(
             f"from flaxmnist.config import *\nconfig = Config(name={name!r}, data=Data(name='digits'), {fields})\n"
         )
-        began = time.monotonic()
+        start_time = time.monotonic()
         subprocess.run(command(scratch, name, scratch / name), env=environment, check=True, capture_output=True)
-        whole[name] = time.monotonic() - began
-        print(f"{name}: {whole[name]:.1f} s without being killed", flush=True)
-    moments: collections.Counter[str] = collections.Counter()
-    troubles: list[str] = []
+        durations[name] = time.monotonic() - start_time
+        print(f"{name}: {durations[name]:.1f} s without kills", flush=True)
+    phases: collections.Counter[str] = collections.Counter()
+    failures: list[str] = []
     finished: collections.Counter[str] = collections.Counter()
     deadline = time.monotonic() + 60 * minutes
 
-    def work(number: int) -> None:
-        chance = random.Random(f"{seed} {number}")
+    def work(index: int) -> None:
+        rng = random.Random(f"{seed} {index}")
         while time.monotonic() < deadline:
-            name = chance.choice(list(RUNS))
-            workdir = scratch / f"{name}-{number}-{sum(finished.values())}-{chance.random()}"
-            lives = 0
-            while True:
-                lives += 1
-                began, patience = time.time(), chance.uniform(0, 1.5 * whole[name])
+            name = rng.choice(list(RUNS))
+            workdir = scratch / f"{name}-{index}-{sum(finished.values())}-{rng.random()}"
+            for kills in itertools.count():
+                start_time, delay = time.time(), rng.uniform(0, 1.5 * durations[name])
                 with subprocess.Popen(
                     command(scratch, name, workdir), env=environment, stderr=subprocess.PIPE, text=True,
                     stdout=subprocess.DEVNULL, start_new_session=True,
                 ) as process:  # fmt: skip
-                    # After the time of the whole is up, a run is let finish.
-                    alarm = threading.Timer(patience, os.killpg, [process.pid, signal.SIGKILL])
+                    # After the deadline, runs are no longer killed.
+                    alarm = threading.Timer(delay, os.killpg, [process.pid, signal.SIGKILL])
                     if time.monotonic() < deadline:
                         alarm.start()
                     assert process.stderr is not None
-                    told = process.stderr.read()
+                    output = process.stderr.read()
                     alarm.cancel()
                 if process.returncode == -9:
-                    moments[moment(workdir, began, told)] += 1
+                    phases[phase(workdir, start_time, output)] += 1
                     continue
                 if process.returncode != 0:
-                    troubles.append(f"{name} ended with {process.returncode}: {told[-2000:]}")
-                elif differs := same(scratch / name, workdir):
-                    troubles.append(f"{name} differs after {lives - 1} kills in {', '.join(differs)}")
+                    failures.append(f"{name} ended with {process.returncode}: {output[-2000:]}")
+                elif names := differences(scratch / name, workdir):
+                    failures.append(f"{name} differs after {kills} kills in {', '.join(names)}")
                 else:
                     finished[name] += 1
                 break
             shutil.rmtree(workdir, ignore_errors=True)
 
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(os.cpu_count() or 1)]
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(os.cpu_count() or 1)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    where = ", ".join(f"{count} {name}" for name, count in moments.most_common())
-    print(f"{sum(moments.values())} kills: {where}")
-    print(f"{sum(finished.values())} runs finished as if they had not been killed, {len(troubles)} did not")
-    for trouble in troubles:
-        print(trouble)
+    counts = ", ".join(f"{count} {name}" for name, count in phases.most_common())
+    print(f"{sum(phases.values())} kills: {counts}")
+    print(f"{sum(finished.values())} runs finished as if never killed, {len(failures)} did not")
+    for failure in failures:
+        print(failure)
     shutil.rmtree(scratch)
-    return not troubles
+    return not failures
 
 
 def stop(experiment: str, data_dir: str | None, times: int, seed: int) -> bool:
-    """Whether an experiment ended with 75 and within 30 s, however soon after its start it was told to."""
-    chance = random.Random(seed)
+    """Return True if an experiment always ends with exit code 75 within 30 s of SIGTERM."""
+    rng = random.Random(seed)
     waits = []
     for _ in range(times):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, str(ROOT / "launch/train.py"), experiment, "--workdir", f"{folder}/run"]
             command += ["--data-dir", data_dir] if data_dir else ["--data.name", "digits"]
             with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-                time.sleep(chance.uniform(0.5, 15))
-                began = time.monotonic()
+                time.sleep(rng.uniform(0.5, 15))
+                start_time = time.monotonic()
                 process.send_signal(signal.SIGTERM)
                 code = process.wait()
-                waits.append(time.monotonic() - began)
+                waits.append(time.monotonic() - start_time)
         if code != 75:
             print(f"ended with {code}")
             return False
@@ -182,17 +180,17 @@ def stop(experiment: str, data_dir: str | None, times: int, seed: int) -> bool:
 
 
 def memory() -> int:
-    """Bytes of this process that are in memory."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def long(steps: int, data_dir: str | None) -> bool:
-    """Whether a long run ends with the memory it had, and whole records."""
-    seen: list[tuple[int, float, int]] = []
+    """Return True if memory stays constant during a long run and its records are complete."""
+    samples: list[tuple[int, float, int]] = []
     show = logs.Progress.show
 
     def watch(progress, step, *values):
-        seen.append((step, time.perf_counter(), memory()))
+        samples.append((step, time.perf_counter(), memory()))
         show(progress, step, *values)
 
     logs.Progress.show = watch
@@ -209,39 +207,39 @@ def long(steps: int, data_dir: str | None) -> bool:
         fm.fit(config, fm.load_data(config.data, data_dir), Path(folder) / "run", devices=1)
         lines = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
     logged = [line["step"] for line in lines if line["split"] == "train"]
-    whole = logged == list(range(0, steps, 100))
-    # What is in use goes up and down with every checkpoint: the second tenth's median, and the last's.
+    complete = logged == list(range(0, steps, 100))
+    # Memory varies with every checkpoint: compare the medians of the second and of the last tenth.
     before, after = (
-        statistics.median(size for step, _, size in seen if first < step <= first + steps // 10)
+        statistics.median(size for step, _, size in samples if first < step <= first + steps // 10)
         for first in (steps // 10, steps - steps // 10)
     )
     growth = after / before - 1
-    speeds = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in itertools.pairwise(seen)]
+    speeds = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in itertools.pairwise(samples)]
     tenth = len(speeds) // 10
     first, last = statistics.median(speeds[:tenth]), statistics.median(speeds[-tenth:])
     print(f"memory {before / 1e6:.1f} MB from step {steps // 10} on, {after / 1e6:.1f} MB at the end: {growth:+.2%}")
     print(
         f"{first:,.0f} steps/s in the first tenth, {last:,.0f} in the last: {last / first - 1:+.1%} (medians of chunks)"
     )
-    print(f"{len(lines)} records, {'whole' if whole else 'NOT WHOLE'}")
-    return whole and growth < 0.01
+    print(f"{len(lines)} records, {'complete' if complete else 'INCOMPLETE'}")
+    return complete and growth < 0.01
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kill", "stop", "long"])
-    parser.add_argument("experiment", nargs="?", default="experiments/cnn_experts.py", help="which one to stop")
-    parser.add_argument("--minutes", type=float, default=10.0, help="how long to kill (default: 10)")
-    parser.add_argument("--times", type=int, default=20, help="how often to stop (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--steps", type=int, default=200_000, help="of the long run (default: 200000)")
-    parser.add_argument("--data-dir", help="stop, and train long, on MNIST from here (default: on the digits)")
-    given = parser.parse_args()
-    match given.what:
+    parser.add_argument("test", choices=["kill", "stop", "long"])
+    parser.add_argument("experiment", nargs="?", default="experiments/cnn_experts.py", help="experiment file to stop")
+    parser.add_argument("--minutes", type=float, default=10.0, help="minutes of killing (default: 10)")
+    parser.add_argument("--times", type=int, default=20, help="number of stops (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
+    parser.add_argument("--steps", type=int, default=200_000, help="steps of the long run (default: 200000)")
+    parser.add_argument("--data-dir", help="folder with MNIST for stop and long (default: use the scikit-learn digits)")
+    arguments = parser.parse_args()
+    match arguments.test:
         case "kill":
-            well = kill(given.minutes, given.seed)
+            success = kill(arguments.minutes, arguments.seed)
         case "stop":
-            well = stop(given.experiment, given.data_dir, given.times, given.seed)
+            success = stop(arguments.experiment, arguments.data_dir, arguments.times, arguments.seed)
         case _:
-            well = long(given.steps, given.data_dir)
-    sys.exit(0 if well else 1)
+            success = long(arguments.steps, arguments.data_dir)
+    sys.exit(0 if success else 1)

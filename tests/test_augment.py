@@ -1,4 +1,4 @@
-"""Augmentation: each kind of change does what it says, anew for each image, and nothing where it is off."""
+"""Augmentation: the transformations, their randomness, and that those turned off do nothing."""
 
 import copy
 
@@ -12,8 +12,8 @@ from flaxmnist.augment import affine, elastic, resample
 from flaxmnist.augment import augment as eager_augment
 from flaxmnist.config import Augment
 
-EVERYTHING = Augment(shift=2.0, rotate=15.0, scale=0.1, elastic=1.0)
-KINDS = [Augment(shift=2.0), Augment(rotate=15.0), Augment(scale=0.1), Augment(elastic=1.0), EVERYTHING]
+ALL = Augment(shift=2.0, rotate=15.0, scale=0.1, elastic=1.0)
+KINDS = [Augment(shift=2.0), Augment(rotate=15.0), Augment(scale=0.1), Augment(elastic=1.0), ALL]
 KEY = jax.random.key(0)
 augment = jax.jit(eager_augment, static_argnums=0)
 
@@ -25,7 +25,7 @@ def rank_promotion_raises():
 
 
 def blobs(count=8, row=14.0, column=14.0):
-    """Images of a round blob about (row, column)."""
+    """Return identical images of a round blob centred at (row, column)."""
     rows, columns = np.indices((28, 28))
     blob = np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / 8)
     return jnp.asarray(np.tile(blob[None, :, :, None], (count, 1, 1, 1)), jnp.float32)
@@ -39,20 +39,20 @@ def move(image, shift=(0.0, 0.0), rotate=0.0, scale=0.0):
     return resample(image, affine((28, 28), jnp.array(shift), rotate, scale))
 
 
-def test_off_changes_nothing_and_costs_nothing():
+def test_transformations_turned_off_are_not_computed():
     images = blobs()
     assert eager_augment(Augment(), KEY, images) is images
-    one, three = (
-        jax.make_jaxpr(lambda key, images, changes=changes: eager_augment(changes, key, images))(KEY, images)
-        for changes in (Augment(elastic=1.0), EVERYTHING)
+    elastic_only, all_kinds = (
+        jax.make_jaxpr(lambda key, images, config=config: eager_augment(config, key, images))(KEY, images)
+        for config in (Augment(elastic=1.0), ALL)
     )
-    assert str(one).count("random_bits") < str(three).count("random_bits")
+    assert str(elastic_only).count("random_bits") < str(all_kinds).count("random_bits")
 
 
-@pytest.mark.parametrize("changes", KINDS, ids=str)
-def test_each_kind_changes_each_image_in_its_own_way(changes):
+@pytest.mark.parametrize("config", KINDS, ids=str)
+def test_each_kind_changes_each_image_differently(config):
     images = blobs(row=10, column=17)
-    changed = augment(changes, KEY, images)
+    changed = augment(config, KEY, images)
     assert changed.shape == images.shape and changed.dtype == images.dtype
     for index in range(len(images)):
         assert not np.allclose(changed[index], images[index], atol=1e-3)
@@ -61,81 +61,81 @@ def test_each_kind_changes_each_image_in_its_own_way(changes):
     assert float(changed.sum()) == pytest.approx(float(images.sum()), rel=0.2)
 
 
-def test_a_key_gives_its_changes_whatever_the_batch_is_part_of():
+def test_shards_are_changed_like_the_batch():
     images = jax.random.uniform(jax.random.key(1), (8, 28, 28, 1))
-    whole = augment(EVERYTHING, KEY, images)
-    for first in (0, 4):
-        part = augment(EVERYTHING, KEY, images[first : first + 4], first=first)
-        np.testing.assert_allclose(part, whole[first : first + 4], atol=1e-6)
-    assert not np.allclose(augment(EVERYTHING, jax.random.key(2), images), whole, atol=0.1)
+    batch = augment(ALL, KEY, images)
+    for offset in (0, 4):
+        shard = augment(ALL, KEY, images[offset : offset + 4], offset=offset)
+        np.testing.assert_allclose(shard, batch[offset : offset + 4], atol=1e-6)
+    assert not np.allclose(augment(ALL, jax.random.key(2), images), batch, atol=0.1)
 
 
-def test_one_kind_draws_the_same_with_the_others_on_or_off():
+def test_random_numbers_of_one_kind_do_not_depend_on_the_others():
     images = blobs()
     shifted = augment(Augment(shift=3.0), KEY, images)
     both = augment(Augment(shift=3.0, elastic=1e-6), KEY, images)
     np.testing.assert_allclose(both, shifted, atol=1e-5)
 
 
-def test_whole_pixel_shift_moves_pixels_and_brings_in_zeros():
+def test_integer_shift_moves_pixels_and_inserts_zeros():
     image = jax.random.uniform(KEY, (28, 28, 1))
     expected = np.zeros((28, 28, 1), np.float32)
     expected[3:, :-2] = image[:-3, 2:]
     np.testing.assert_allclose(move(image, shift=(3.0, -2.0)), expected, atol=1e-5)
 
 
-def test_shift_is_uniform_to_its_field_along_each_axis():
+def test_shift_is_uniform_along_each_axis():
     images = augment(Augment(shift=2.0), KEY, blobs(500))
-    moved = np.array(jax.jit(jax.vmap(centre))(images)).T - 14
-    assert abs(moved).max() < 2.01 and abs(moved.mean(0)).max() < 0.15
-    np.testing.assert_allclose(moved.std(0), 2 / np.sqrt(3), rtol=0.1)
+    shifts = np.array(jax.jit(jax.vmap(centre))(images)).T - 14
+    assert abs(shifts).max() < 2.01 and abs(shifts.mean(0)).max() < 0.15
+    np.testing.assert_allclose(shifts.std(0), 2 / np.sqrt(3), rtol=0.1)
 
 
-def test_rotation_moves_a_point_anticlockwise_about_the_middle():
-    # The middle of 28 pixels lies at 13.5; from 6 to its right to 6 above it.
+def test_rotation_is_anticlockwise_about_the_centre():
+    # The centre of 28 pixels is at 13.5. The blob moves from 6 pixels to its right to 6 pixels above it.
     assert centre(move(blobs(1, 13.5, 19.5)[0], rotate=90.0)) == pytest.approx([7.5, 13.5], abs=1e-3)
-    turned = centre(move(blobs(1, 13.5, 19.5)[0], rotate=30.0))
-    assert turned == pytest.approx([13.5 - 6 * 0.5, 13.5 + 6 * 3**0.5 / 2], abs=0.05)
+    rotated = centre(move(blobs(1, 13.5, 19.5)[0], rotate=30.0))
+    assert rotated == pytest.approx([13.5 - 6 * 0.5, 13.5 + 6 * 3**0.5 / 2], abs=0.05)
 
 
-def test_scale_is_growth_about_the_middle():
+def test_scale_is_growth_about_the_centre():
     image = blobs(1, 13.5, 18.5)[0]
     grown = move(image, scale=0.2)
     assert centre(grown) == pytest.approx([13.5, 13.5 + 5 * 1.2], abs=0.05)
     assert float(grown.sum() / image.sum()) == pytest.approx(1.2**2, rel=0.02)
 
 
-def test_elastic_displacement_is_smooth_and_has_its_length_everywhere():
-    fields = jax.jit(jax.vmap(lambda key: elastic(key, (28, 28))))(jax.random.split(KEY, 2000))
-    length = jnp.sqrt(jnp.mean(jnp.sum(fields**2, axis=1), axis=0))
+def test_elastic_displacement_is_smooth_with_unit_length_everywhere():
+    displacements = jax.jit(jax.vmap(lambda key: elastic(key, (28, 28))))(jax.random.split(KEY, 2000))
+    length = jnp.sqrt(jnp.mean(jnp.sum(displacements**2, axis=1), axis=0))
     np.testing.assert_allclose(length, np.ones((28, 28)), atol=0.06)
-    # Correlated as noise under a Gaussian of 4 pixels is: exp(−d² / (4·4²)) at a distance of d pixels.
+    # Noise smoothed by a Gaussian of 4 pixels has the correlation exp(−d² / (4·4²)) at a distance of d pixels.
     for distance in (1, 4, 8, 16):
-        correlation = 2 * jnp.mean(fields[:, :, distance:] * fields[:, :, :-distance])
+        correlation = 2 * jnp.mean(displacements[:, :, distance:] * displacements[:, :, :-distance])
         assert float(correlation) == pytest.approx(np.exp(-(distance**2) / 64), abs=0.03)
 
 
 def test_fields_may_be_traced():
     images = blobs()
 
-    def changed(shift):
-        changes = copy.copy(Augment(rotate=10.0))
-        # Where types are checked, as in these tests, the constructor takes numbers alone.
-        object.__setattr__(changes, "shift", shift)
-        return eager_augment(changes, KEY, images)
+    def augment_with(shift):
+        config = copy.copy(Augment(rotate=10.0))
+        # As fields.replace does for a traced value.
+        object.__setattr__(config, "shift", shift)
+        return eager_augment(config, KEY, images)
 
-    swept = jax.jit(jax.vmap(changed))(jnp.array([0.0, 2.0]))
-    np.testing.assert_allclose(swept[0], augment(Augment(rotate=10.0), KEY, images), atol=1e-5)
-    np.testing.assert_allclose(swept[1], augment(Augment(rotate=10.0, shift=2.0), KEY, images), atol=1e-5)
+    changed = jax.jit(jax.vmap(augment_with))(jnp.array([0.0, 2.0]))
+    np.testing.assert_allclose(changed[0], augment(Augment(rotate=10.0), KEY, images), atol=1e-5)
+    np.testing.assert_allclose(changed[1], augment(Augment(rotate=10.0, shift=2.0), KEY, images), atol=1e-5)
 
 
-def test_runs_in_a_loop():
+def test_augment_runs_in_a_loop():
     images, keys = blobs(), jax.random.split(KEY, 3)
-    looped = jax.lax.fori_loop(0, 3, lambda i, total: total + eager_augment(EVERYTHING, keys[i], images), 0 * images)
-    np.testing.assert_allclose(looped, sum(augment(EVERYTHING, key, images) for key in keys), atol=1e-4)
+    looped = jax.lax.fori_loop(0, 3, lambda i, total: total + eager_augment(ALL, keys[i], images), 0 * images)
+    np.testing.assert_allclose(looped, sum(augment(ALL, key, images) for key in keys), atol=1e-4)
 
 
-def test_lowers_for_every_platform():
-    program = jax.jit(lambda key, images: augment(EVERYTHING, jax.random.wrap_key_data(key), images))
+def test_augment_lowers_for_every_platform():
+    program = jax.jit(lambda key, images: augment(ALL, jax.random.wrap_key_data(key), images))
     arguments = jax.random.key_data(KEY), blobs()
     assert jax.export.export(program, platforms=("cpu", "cuda", "tpu"))(*arguments).platforms == ("cpu", "cuda", "tpu")

@@ -1,4 +1,4 @@
-"""The benchmark runs, and its numbers fit together. How large they are is for the benchmark to say."""
+"""Tests of the benchmark: that it runs and its numbers are consistent, not how fast anything is."""
 
 import importlib.util
 import io
@@ -27,7 +27,7 @@ launch = SimpleNamespace(**runpy.run_path(str(ROOT / "launch/benchmark.py")))
 
 @pytest.fixture
 def brief(monkeypatch):
-    """Short stretches and small matrices, and one device of the eight."""
+    """Shorten the timings, shrink the matrices, and use one of the eight devices."""
     monkeypatch.setattr(benchmarks, "STRETCH_SECONDS", 0.01)
     monkeypatch.setattr(benchmarks, "ROUNDS", 2)
     monkeypatch.setattr(benchmarks, "MATRIX", 64)
@@ -37,41 +37,41 @@ def brief(monkeypatch):
     )
 
 
-def test_the_figures_of_an_experiment_fit_together(brief, few, tmp_path):
+def test_results_of_an_experiment_are_consistent(brief, few, tmp_path):
     config = small("mlp", steps=40)
-    peers = {"slow": lambda count: time.sleep(count * 0.01), "quick": lambda count: time.sleep(count * 1e-6)}
+    peers = {"slow": lambda count: time.sleep(count * 0.01), "fast": lambda count: time.sleep(count * 1e-6)}
     result = benchmarks.measure(config, few, peers)
     assert result["name"] == "small"
     assert result["images_per_second"] == result["steps_per_second"] * config.train.batch_size
     operations = inspection.step_cost(config, few).operations
     assert result["gflops_per_second"] * 1e9 == pytest.approx(result["steps_per_second"] * operations)
     assert result["share_of_peak"] == pytest.approx(result["gflops_per_second"] / result["peak_gflops_per_second"])
-    assert set(result["peer_steps_per_second"]) == {"slow", "quick"}
-    assert 0 < result["ratio_to_peer"] < 1, "it is the quicker peer that counts"
+    assert set(result["peer_steps_per_second"]) == {"slow", "fast"}
+    assert 0 < result["ratio_to_peer"] < 1, "the ratio is to the faster peer"
 
     result["start_up_seconds"] = dict.fromkeys(("import", "data", "compile", "train"), 0.25) | {"first_step": 1.0}
-    head, row, _, second_head, second_row = benchmarks.report([result]).splitlines()
-    assert (len(head), len(second_head)) == (len(row), len(second_row))
+    header, row, _, second_header, second_row = benchmarks.report([result]).splitlines()
+    assert (len(header), len(second_header)) == (len(row), len(second_row))
     assert f"{result['steps_per_second']:,.1f}" in row
-    assert "0.25  1.00" in second_row
+    assert second_row.split()[1:6] == ["0.25"] * 4 + ["1.00"]
     benchmarks.draw([result, result], tmp_path / "bars.png")
-    with Image.open(tmp_path / "bars.png") as picture:
-        assert min(picture.size) > 300
+    with Image.open(tmp_path / "bars.png") as image:
+        assert min(image.size) > 300
     json.dumps(result)
 
 
-def test_the_path_measured_is_that_of_a_run(brief, few, monkeypatch):
-    """As many steps as asked for, from the first on, whatever the program holds at once."""
-    config = order.resolve(small(steps=7), 70)
+def test_trainer_takes_consecutive_steps_from_the_first(brief, few, monkeypatch):
+    """The number of steps is exact, also when it exceeds the capacity of the program."""
+    config = order.resolve_length(small(steps=7), 70)
     trainer = benchmarks.Trainer(config, few, parallel.make_mesh(1))
     assert trainer.compile_seconds > 0
     calls, call = [], benchmarks.program.Program.__call__
 
-    def calling(compiled, state, start, count):
+    def record_call(compiled, state, start, count):
         calls.append((start, count))
         return call(compiled, state, start, count)
 
-    monkeypatch.setattr(benchmarks.program.Program, "__call__", calling)
+    monkeypatch.setattr(benchmarks.program.Program, "__call__", record_call)
     trainer.run(25)
     trainer.run(3)
     starts = [start for start, _ in calls]
@@ -81,8 +81,8 @@ def test_the_path_measured_is_that_of_a_run(brief, few, monkeypatch):
     assert jax.device_count() == 8
 
 
-def test_a_slow_first_step_does_not_shorten_what_is_timed(brief, monkeypatch):
-    """By a clock of its own, for a busy machine's sleeps last longer."""
+def test_a_slow_first_step_does_not_shorten_the_timings(brief, monkeypatch):
+    """The clock is simulated, because sleeps take longer on a busy machine."""
     calls, clock = [], [0.0]
     monkeypatch.setattr(benchmarks, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
@@ -90,53 +90,53 @@ def test_a_slow_first_step_does_not_shorten_what_is_timed(brief, monkeypatch):
         clock[0] += 0.001 * count if calls else 0.2
         calls.append(count)
 
-    (speeds,) = benchmarks.race({"compiling": train}).values()
+    (speeds,) = benchmarks.compare_speeds({"compiling": train}).values()
     assert min(calls[-2:]) > 3
     assert min(speeds) > 100
 
 
-def test_whole_runs_are_those_of_fit(brief, few):
-    """The same seeds give the same accuracies, to the last image, as training by ``fit`` does."""
+def test_full_runs_match_fit(brief, few):
+    """The same seeds give exactly the same test accuracies as ``fit``."""
     config = small("mlp", steps=30)
-    result = benchmarks.whole_runs(config, few, 2)
+    result = benchmarks.full_runs(config, few, 2)
     runs = [fit(replace(config, seed=seed), few, devices=1).result["test_accuracy"] for seed in range(2)]
     assert result["test_accuracy"] == runs
     assert min(result["seconds"]) > 0
-    head, row = benchmarks.runs_report([{"name": "small", "runs": result}]).splitlines()
+    header, row = benchmarks.runs_report([{"name": "small", "runs": result}]).splitlines()
     assert f"{np.mean(runs):.3%}" in row
-    assert len(head) == len(row)
+    assert len(header) == len(row)
 
 
-def test_a_peer_trains_as_it_is_told(monkeypatch, capsys):
-    """Each line a mode and a number of steps; each answered once it is done."""
-    done = []
-    monkeypatch.setattr(peer, "trainer", lambda config, data, compiled: lambda count: done.append((compiled, count)))
+def test_the_peer_process_serves_requests(monkeypatch, capsys):
+    """Each line is a mode and a number of steps, and is answered when they are done."""
+    calls = []
+    monkeypatch.setattr(peer, "trainer", lambda config, data, compiled: lambda count: calls.append((compiled, count)))
     monkeypatch.setattr(sys, "stdin", io.StringIO("eager 3\ncompiled 20\n"))
     peer.serve(ROOT / "experiments/quickstart.py", None)
-    assert done == [(False, 3), (True, 20)]
+    assert calls == [(False, 3), (True, 20)]
     assert capsys.readouterr().out == "done\ndone\n"
 
 
-def test_accelerators_start_cold_and_then_warm(monkeypatch):
-    """Twice with one folder for compiled programs, which is empty at first; on CPU once, with none."""
-    monkeypatch.setattr(benchmarks, "start_up", lambda experiment, data_dir, environment: environment)
-    assert benchmarks.start_ups(ROOT, None) == {"start_up_seconds": {}}
+def test_accelerators_measure_cold_and_warm_startup(monkeypatch):
+    """Both use one compilation cache, which is empty at first. On CPU there is one startup, without a cache."""
+    monkeypatch.setattr(benchmarks, "start_up_time", lambda experiment, data_dir, environment: environment)
+    assert benchmarks.start_up_times(ROOT, None) == {"start_up_seconds": {}}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    cold, warm = benchmarks.start_ups(ROOT, None).values()
+    cold, warm = benchmarks.start_up_times(ROOT, None).values()
     assert cold == warm
     assert set(cold) == {"JAX_COMPILATION_CACHE_DIR"}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is here")
-def test_a_missing_peer_is_named():
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed")
+def test_missing_pytorch_is_reported():
     with pytest.raises(UserError, match="pip install torch"):
         benchmarks.run(ROOT / "experiments/quickstart.py", None, "torch", 0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
 @pytest.mark.parametrize("name", ["quickstart", "softmax_beginners", "mlp_scratch", "record"])
-def test_pytorch_trains_the_same_models(name, few):
-    config = order.resolve(load_experiment(ROOT / f"experiments/{name}.py"), len(few.train.labels))
+def test_pytorch_models_have_as_many_parameters(name, few):
+    config = order.resolve_length(load_experiment(ROOT / f"experiments/{name}.py"), len(few.train.labels))
     peer.trainer(config, few, compiled=False)(2)
     network = peer.make_model(config.model, few)
     params = steps.create_state(config, (28, 28), 10).params
@@ -144,18 +144,18 @@ def test_pytorch_trains_the_same_models(name, few):
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path):
+def test_command(tmp_path):
     command = [sys.executable, ROOT / "launch/benchmark.py", "quickstart", "--json", tmp_path / "figures.json"]
     command += ["--plot", tmp_path / "bars.png"]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    (figures,) = json.loads((tmp_path / "figures.json").read_text())
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    (result,) = json.loads((tmp_path / "figures.json").read_text())
     names = "name batch_size steps_per_second images_per_second compile_seconds gflops_per_second share_of_peak"
-    assert {*names.split(), "evaluate_images_per_second", "device", "versions"} <= set(figures)
-    parts = figures["start_up_seconds"]
-    assert parts["first_step"] == pytest.approx(sum(parts[name] for name in ("import", "data", "compile", "train")))
-    assert parts["first_step"] < parts["whole_command"]
-    assert "quickstart" in ended.stdout
+    assert {*names.split(), "evaluate_images_per_second", "device", "versions"} <= set(result)
+    phases = result["start_up_seconds"]
+    assert phases["first_step"] == pytest.approx(sum(phases[name] for name in ("import", "data", "compile", "train")))
+    assert phases["first_step"] < phases["whole_command"]
+    assert "quickstart" in completed.stdout
     assert (tmp_path / "bars.png").exists()
 
 
@@ -163,10 +163,10 @@ def test_the_command(tmp_path):
     ("arguments", "message"),
     [
         (["nothing"], "no experiment file"),
-        (["--json", "nowhere/figures.json"], "there is no folder nowhere"),
-        (["--runs", "-1"], "--runs is a number from 0 on"),
+        (["--json", "nowhere/figures.json"], "create the folder nowhere"),
+        (["--runs", "-1"], "--runs must be at least 0"),
     ],
 )
-def test_what_the_caller_can_mend_is_said_before_anything_is_measured(arguments, message, capsys):
+def test_wrong_arguments_are_reported_before_measuring(arguments, message, capsys):
     assert launch.main(arguments) == 2
     assert message in capsys.readouterr().err

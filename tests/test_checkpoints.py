@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged, and files beside them: each is noticed, named, and survived."""
+"""Damage to any file of a run folder is detected and reported, and the run resumes anyway."""
 
 import json
 import shutil
@@ -16,28 +16,29 @@ CONFIG = small("mlp", checkpoint_every=8, evaluate_every=8)
 
 
 @pytest.fixture(scope="module")
-def whole(few, tmp_path_factory) -> tuple[Path, Run]:
-    """A run that stopped short of its result, with checkpoints at steps 16 and 20, and the same one finished."""
+def intact(few, tmp_path_factory) -> tuple[Path, Run]:
+    """Return the folder of a finished run with checkpoints at steps 16 and 20, and the run."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     run = fm.fit(CONFIG, few, folder, devices=1)
     return folder, run
 
 
 @pytest.fixture
-def copy(whole, tmp_path) -> Path:
-    """A copy of the run, killed before its result was written."""
-    shutil.copytree(whole[0], tmp_path / "run")
+def copy(intact, tmp_path) -> Path:
+    """Return a copy of the run folder without result.json, as after a kill just before the end."""
+    shutil.copytree(intact[0], tmp_path / "run")
     (tmp_path / "run/result.json").unlink()
     return tmp_path / "run"
 
 
-def resumed(folder, few) -> Run:
+def resume(folder, few) -> Run:
     return fm.fit(CONFIG, few, folder, devices=1, resume=True)
 
 
-def assert_as_whole(run: Run, folder: Path, whole) -> None:
-    assert_same(run.state, whole[1].state)
-    assert (folder / "metrics.jsonl").read_bytes() == (whole[0] / "metrics.jsonl").read_bytes()
+def assert_resumes(folder: Path, few, intact) -> None:
+    """Resume the run in ``folder`` and check that it is bitwise identical to the intact run."""
+    assert_same(resume(folder, few).state, intact[1].state)
+    assert (folder / "metrics.jsonl").read_bytes() == (intact[0] / "metrics.jsonl").read_bytes()
 
 
 def truncate(file: Path) -> None:
@@ -54,12 +55,12 @@ DAMAGES = {"truncated": truncate, "flipped in one bit": flip, "deleted": Path.un
 
 
 def files(folder: Path) -> list[Path]:
-    """All that a checkpoint is made of, but what holds nothing that is needed."""
+    """Return the files of a checkpoint that restoring needs."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in manifest.UNCHECKED and p.stat().st_size)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_to_any_file_is_noticed_and_the_one_before_taken(damage, copy, caplog):
+def test_damage_to_any_file_of_a_checkpoint_is_detected(damage, copy, caplog):
     newest = copy / "checkpoints/20"
     assert len(files(newest)) >= 12
     for file in files(newest):
@@ -67,63 +68,62 @@ def test_damage_to_any_file_is_noticed_and_the_one_before_taken(damage, copy, ca
         DAMAGES[damage](file)
         caplog.clear()
         assert manifest.newest(copy / "checkpoints").step == 16, file
-        assert f"checkpoint {newest} is damaged and left out: {file.relative_to(newest)}" in caplog.text
+        assert f"skipping the damaged checkpoint {newest}: {file.relative_to(newest)}" in caplog.text
         file.write_bytes(content)
     assert manifest.newest(copy / "checkpoints").step == 20
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_run_survives_damage_to_any_file(damage, copy, few, whole, tmp_path):
+def test_run_resumes_after_damage_to_any_file_of_a_checkpoint(damage, copy, few, intact, tmp_path):
     newest = copy / "checkpoints/20"
-    for number, file in enumerate(file.relative_to(copy) for file in files(newest)):
-        folder = tmp_path / f"{number}"
+    for index, file in enumerate(files(newest)):
+        folder = tmp_path / f"{index}"
         shutil.copytree(copy, folder)
-        DAMAGES[damage](folder / file)
-        assert_as_whole(resumed(folder, few), folder, whole)
+        DAMAGES[damage](folder / file.relative_to(copy))
+        assert_resumes(folder, few, intact)
         assert (folder / "checkpoints/20.damaged").exists()
         assert manifest.newest(folder / "checkpoints").step == 20
 
 
-def test_a_run_begins_anew_where_no_checkpoint_is_whole(copy, few, whole, caplog):
+def test_run_without_intact_checkpoint_starts_from_scratch(copy, few, intact, caplog):
     for step in (16, 20):
         flip(copy / f"checkpoints/{step}/manifest.json")
-    assert_as_whole(resumed(copy, few), copy, whole)
-    assert "no checkpoint in" in caplog.text
-    assert "the run begins anew" in caplog.text
+    assert_resumes(copy, few, intact)
+    assert "has no intact checkpoint: the run starts from scratch" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["rubbish", "nothing"])
+@pytest.mark.parametrize("damage", ["overwritten", "deleted"])
 @pytest.mark.parametrize("name", sorted(manifest.UNCHECKED))
-def test_what_orbax_writes_last_is_not_needed(name, how, copy, few, whole):
+def test_files_that_orbax_writes_last_are_not_needed(name, damage, copy, few, intact):
     file = copy / "checkpoints/20" / name
-    file.unlink() if how == "nothing" else file.write_bytes(b"\0\xff")
-    assert_as_whole(resumed(copy, few), copy, whole)
+    file.unlink() if damage == "deleted" else file.write_bytes(b"\0\xff")
+    assert_resumes(copy, few, intact)
     assert not (copy / "checkpoints/20.damaged").exists()
 
 
-def test_leftovers_of_an_unfinished_save_are_removed(copy, few, whole):
+def test_temporary_files_of_a_killed_run_are_removed(copy, few, intact):
     unfinished = copy / "checkpoints/24.orbax-checkpoint-tmp"
     shutil.copytree(copy / "checkpoints/20", unfinished)
     (copy / "config.json.tmp").write_text('{"half')
-    assert_as_whole(resumed(copy, few), copy, whole)
+    assert_resumes(copy, few, intact)
     assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["16", "20"]
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"step": 0, "epo', b"\xff\0" * 5000, None], ids=str)
 @pytest.mark.parametrize("finished", [True, False])
-def test_records_are_written_anew_as_the_checkpoint_has_them(damage, finished, copy, few, whole):
+def test_damaged_records_are_restored_from_the_checkpoint(damage, finished, copy, few, intact):
     if finished:
-        shutil.copy(whole[0] / "result.json", copy)
+        shutil.copy(intact[0] / "result.json", copy)
     path = copy / "metrics.jsonl"
     path.unlink() if damage is None else path.write_bytes(damage)
-    assert_as_whole(resumed(copy, few), copy, whole)
+    assert_resumes(copy, few, intact)
 
 
 @pytest.mark.parametrize(
     "damage", [b"1\n", b'{"step": 1, "epoch": 0}\n', b'{"step": -1, "epoch": 0, "split": "train"}\n', b'{"step": 1']
 )
-def test_a_line_that_is_no_record_is_named(damage, copy):
+def test_invalid_record_is_reported(damage, copy):
     with (copy / "metrics.jsonl").open("ab") as file:
         file.write(damage)
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
@@ -131,68 +131,66 @@ def test_a_line_that_is_no_record_is_named(damage, copy):
 
 
 @pytest.mark.parametrize("damage", [b"", b"[1, 2", b"{}", b'{"config": null, "data": null}', None], ids=str)
-def test_a_damaged_config_is_taken_from_the_checkpoint(damage, copy, few, whole, caplog):
+def test_damaged_config_is_restored_from_the_checkpoint(damage, copy, few, intact, caplog):
     path = copy / "config.json"
     before = json.loads(path.read_text())
     path.unlink() if damage is None else path.write_bytes(damage)
     assert fm.load_run(copy).config == CONFIG
-    assert "taken from the checkpoint at step 20" in caplog.text
-    assert_as_whole(resumed(copy, few), copy, whole)
+    assert "using its copy in the checkpoint at step 20" in caplog.text
+    assert_resumes(copy, few, intact)
     assert json.loads(path.read_text())["config"] == before["config"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{", "seconds", "test_count"], ids=str)
-def test_a_damaged_result_is_found_again(damage, copy, few, whole):
-    """Also where it lacks a field."""
+def test_damaged_result_is_computed_again(damage, copy, few, intact):
     path = copy / "result.json"
     if isinstance(damage, str):
-        known = json.loads((whole[0] / "result.json").read_text())
-        damage = json.dumps({name: value for name, value in known.items() if name != damage}).encode()
+        result = json.loads((intact[0] / "result.json").read_text())
+        damage = json.dumps({name: value for name, value in result.items() if name != damage}).encode()
     path.write_bytes(damage)
     with pytest.raises(UserError, match=r"result\.json"):
         fm.load_run(copy)
-    assert_as_whole(resumed(copy, few), copy, whole)
-    assert json.loads((copy / "result.json").read_text())["params_sha256"] == whole[1].result["params_sha256"]
+    assert_resumes(copy, few, intact)
+    assert json.loads((copy / "result.json").read_text())["params_sha256"] == intact[1].result["params_sha256"]
 
 
-def test_a_finished_run_whose_newest_checkpoint_is_damaged_is_finished_again(few, whole, copy):
-    shutil.copy(whole[0] / "result.json", copy)
+def test_finished_run_with_a_damaged_last_checkpoint_is_finished_again(few, intact, copy):
+    shutil.copy(intact[0] / "result.json", copy)
     flip(copy / "checkpoints/20/records.jsonl")
-    assert_as_whole(resumed(copy, few), copy, whole)
+    assert_resumes(copy, few, intact)
     assert manifest.newest(copy / "checkpoints").step == 20
 
 
 @pytest.mark.parametrize("name", ["config.json.tmp", "metrics.jsonl", "lock"])
-def test_a_run_killed_in_its_first_moments_is_begun(name, few, whole, tmp_path):
+def test_run_killed_at_its_very_start_can_be_started_again(name, few, intact, tmp_path):
     (tmp_path / name).write_text('{"half')
-    assert_as_whole(resumed(tmp_path, few), tmp_path, whole)
+    assert_resumes(tmp_path, few, intact)
 
 
-def test_only_the_newest_has_a_stand_in(copy):
-    """Where one checkpoint is asked for by its name, another one is no answer."""
+def test_damaged_checkpoint_is_replaced_only_if_no_step_is_given(copy):
     flip(copy / "checkpoints/20/records.jsonl")
     assert fm.load_run(copy).state.step == 16
-    with pytest.raises(UserError, match=r"checkpoints/20 is damaged: records.jsonl has changed; take --step latest"):
+    with pytest.raises(UserError, match=r"checkpoints/20 is damaged: records.jsonl has changed; use --step latest"):
         fm.load_run(copy, "20")
 
 
-def test_a_damaged_checkpoint_does_not_count_among_those_kept(copy, few, monkeypatch):
-    """Else the only good ones would be removed in its favour."""
+def test_damaged_checkpoint_does_not_count_as_one_to_keep(copy, few):
+    """Otherwise the only intact ones would be removed instead of it."""
     flip(copy / "checkpoints/20/records.jsonl")
     longer = small("mlp", checkpoint_every=1, evaluate_every=8, keep=1, steps=22)
     fm.fit(longer, few, copy, devices=1, resume=True)
     assert [step for step in manifest.steps(copy / "checkpoints") if step > 16] == [22]
 
 
-def test_nothing_is_removed_before_its_successor_is_whole(few, tmp_path, monkeypatch):
-    """At every moment there is a checkpoint to go on from, though only one is kept."""
-    there = []
+def test_checkpoint_is_removed_only_after_the_next_one_is_complete(few, tmp_path, monkeypatch):
+    """Even with ``keep=1`` there is always a checkpoint to resume from."""
+    newest = []
     evaluate = runs.Loop.evaluate
 
-    def looking(loop, split, images):
-        there.append(manifest.newest(tmp_path / "checkpoints"))
+    def look_and_evaluate(loop, split, images):
+        newest.append(manifest.newest(tmp_path / "checkpoints"))
         return evaluate(loop, split, images)
 
-    monkeypatch.setattr(runs.Loop, "evaluate", looking)
+    monkeypatch.setattr(runs.Loop, "evaluate", look_and_evaluate)
     fm.fit(small(checkpoint_every=2, evaluate_every=1, keep=1), few, tmp_path, devices=1)
-    assert all(saved is not None for saved in there[4:])
+    assert all(saved is not None for saved in newest[4:])

@@ -1,4 +1,4 @@
-"""What a config accepts, what it says of the rest, and its JSON form."""
+"""Validation of configs, their JSON form, and experiment files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,34 +14,34 @@ EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_an_experiment_file_survives_json(path):
+def test_experiment_file_survives_json(path):
     experiment = config.load_experiment(path)
     assert fields.from_json(fields.to_json(experiment), Config) == experiment
     assert experiment.name == path.stem
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_an_experiment_file_says_what_it_reproduces_and_how(path):
+def test_experiment_docstring_has_command_and_result(path):
     text = path.read_text()
     assert text.startswith('"""')
     assert f"python launch/train.py experiments/{path.name}" in text
     assert "±" in text
 
 
-def test_a_union_carries_its_kind():
-    written = fields.to_json(small(optimizer=Adam()))
-    assert written["optimizer"]["kind"] == "Adam"
-    assert written["optimizer"]["schedule"] == {"kind": "Flat"}
-    assert "kind" not in written["train"]
+def test_only_unions_have_a_kind_in_json():
+    values = fields.to_json(small(optimizer=Adam()))
+    assert values["optimizer"]["kind"] == "Adam"
+    assert values["optimizer"]["schedule"] == {"kind": "Flat"}
+    assert "kind" not in values["train"]
 
 
-WRONG = {
+INVALID = {
     "seed must lie in [0, 2.14748e+09], but is -1": lambda: replace(small(), seed=-1),
     "seed must be int, but is 1.5": lambda: replace(small(), seed=1.5),
     "name must be a word": lambda: replace(small(), name="a/b"),
     "train.batch_size must lie in [1,": lambda: small(batch_size=0),
-    "set one and leave the other None": lambda: small(epochs=3),
-    "train.epochs None; set one": lambda: small(steps=None),
+    "train.epochs must be set, but they are 20 and 3: set one and leave the other None": lambda: small(epochs=3),
+    "but they are None and None: set one": lambda: small(steps=None),
     "train.ema_decay must lie in [0, 1), but is 1.0": lambda: small(ema_decay=1.0),
     "set train.evaluate_every": lambda: small(patience=3),
     "data.validation must not be 0": lambda: small(
@@ -65,24 +65,26 @@ WRONG = {
     "model.padding must be 'SAME' or 'VALID', but is 'same'": lambda: small(CNN(padding="same")),
     "model.dropout must lie in [0, 1), but is 1.0": lambda: small(CNN(dropout=1.0)),
     "model.bias_init cannot be Glorot or LeCun": lambda: small(Softmax(bias_init=config.Glorot())),
-    "model.kernel_init: low must be under high": lambda: small(Softmax(kernel_init=config.Uniform(1.0, 0.0))),
+    "model.kernel_init: low must be below high": lambda: small(Softmax(kernel_init=config.Uniform(1.0, 0.0))),
     "model.kernel_init.stddev must not be negative": lambda: small(Softmax(kernel_init=config.Normal(-1.0))),
-    "objective.form probabilities is a product": lambda: replace(small(), objective=Objective(form="probabilities")),
+    "objective.form probabilities needs objective.labels one_hot": lambda: replace(
+        small(), objective=Objective(form="probabilities")
+    ),
     "objective.label_smoothing needs": lambda: replace(small(), objective=Objective(label_smoothing=0.1)),
     "data.augment.shift must lie in [0, 14]": lambda: small(data=Data(augment=Augment(shift=15))),
 }
 
 
-@pytest.mark.parametrize("message", WRONG)
-def test_a_wrong_value_is_named(message):
+@pytest.mark.parametrize("message", INVALID)
+def test_invalid_value_is_named(message):
     with pytest.raises(UserError) as raised:
-        WRONG[message]()
+        INVALID[message]()
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_json_that_no_config_wrote_is_refused():
-    written = fields.to_json(small())
+def test_invalid_json_is_rejected():
+    values = fields.to_json(small())
     for change, message in [
         ({"speed": 1}, "the config has unknown field 'speed'"),
         ({"optimizer": {"kind": "Adagrad"}}, "optimizer.kind must be one of SGD, Adam, Muon, but is 'Adagrad'"),
@@ -90,13 +92,13 @@ def test_json_that_no_config_wrote_is_refused():
         ({"seed": "x"}, "seed must be int"),
     ]:
         with pytest.raises(UserError, match=message):
-            fields.from_json(written | change, Config)
-    del written["train"]["keep"]
+            fields.from_json(values | change, Config)
+    del values["train"]["keep"]
     with pytest.raises(UserError, match="train has no field 'keep'"):
-        fields.from_json(written, Config)
+        fields.from_json(values, Config)
 
 
-UNNAMED = """
+EMPTY_NAME = """
 from flaxmnist.config import *
 config = Config(name="", model=Softmax(), optimizer=SGD(), train=Train(steps=1))
 """
@@ -110,10 +112,10 @@ config = Config(name="", model=Softmax(), optimizer=SGD(), train=Train(steps=1))
         ("config = Config(", "does not run: SyntaxError"),
         ("import nowhere", "does not run: ModuleNotFoundError: No module named 'nowhere'"),
         ("raise SystemExit", "does not run: SystemExit"),
-        (UNNAMED, "name must be"),
+        (EMPTY_NAME, "name must be"),
     ],
 )
-def test_a_broken_experiment_file_is_named(text, message, tmp_path):
+def test_broken_experiment_file_is_named(text, message, tmp_path):
     path = tmp_path / "broken.py"
     path.write_text(text)
     with pytest.raises(UserError) as raised:
@@ -122,12 +124,12 @@ def test_a_broken_experiment_file_is_named(text, message, tmp_path):
     assert str(path) in str(raised.value)
 
 
-def test_a_missing_experiment_file_is_named():
-    with pytest.raises(UserError, match=r"no experiment file nowhere\.py: give the path of"):
+def test_missing_experiment_file_is_named():
+    with pytest.raises(UserError, match=r"no experiment file nowhere\.py: pass the path of"):
         config.load_experiment(Path("nowhere.py"))
 
 
-def test_flatten_names_every_value():
+def test_flatten():
     flat = fields.flatten(fields.to_json(small(optimizer=SGD(learning_rate=0.25))))
     assert flat["optimizer.learning_rate"] == 0.25
     assert flat["model.kernel_init.kind"] == "Constant"

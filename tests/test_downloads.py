@@ -1,4 +1,4 @@
-"""The real download code against servers on the loopback interface, good and bad."""
+"""The download code against well-behaved and misbehaving servers on the loopback interface."""
 
 import errno
 import hashlib
@@ -17,11 +17,11 @@ from flaxmnist.downloads import fetch, obtain, sha256
 from flaxmnist.errors import UserError
 
 BODY = bytes(range(256)) * 4096  # 1 MiB, so that it comes in several blocks
-SUM = hashlib.sha256(BODY).hexdigest()
+CHECKSUM = hashlib.sha256(BODY).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Each path is a way in which a server may behave."""
+    """A handler in which each path is one behaviour of a server."""
 
     done = threading.Event()
 
@@ -31,7 +31,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         if self.path == "/endless":
             self.end_headers()
-            # Writing fails as soon as the reader has had enough, which ends this.
+            # Ends when writing fails because the client has closed the connection.
             while True:
                 self.wfile.write(BODY)
         self.send_header("Content-Length", str(len(BODY)))
@@ -66,7 +66,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """The address of a server that behaves as the path says."""
+    """Yield the address of a server that behaves as the path says."""
     Handler.done.clear()
     with Server(("127.0.0.1", 0), Handler) as served:
         thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
@@ -79,153 +79,153 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """The address of a server that accepts connections and sends nothing."""
+    """Yield the address of a server that accepts connections and sends nothing."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/silent"
 
 
-def assert_refused(url: str, target: Path, *words: str):
-    """``fetch`` gives one line that names the address, the reason in ``words`` and what to do, and leaves no trace."""
+def assert_error(url: str, target: Path, *words: str):
+    """Check that ``fetch`` raises a one-line error with the URL, ``words`` and a remedy, and leaves no files behind."""
     before = sorted(target.parent.iterdir()) if target.parent.is_dir() else None
-    with pytest.raises(UserError) as refusal:
-        fetch(url, target, SUM, len(BODY))
+    with pytest.raises(UserError) as error:
+        fetch(url, target, CHECKSUM, len(BODY))
     for word in (url, str(target), "--data.name digits", *words):
-        assert word in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
     assert before is None or sorted(target.parent.iterdir()) == before
 
 
-def test_good_file_is_stored_alone_in_a_new_folder(server: str, tmp_path: Path):
+def test_download_creates_the_folder_and_only_the_file(server: str, tmp_path: Path):
     target = tmp_path / "a" / "b" / "file.gz"
-    fetch(f"{server}/good", target, SUM, len(BODY))
+    fetch(f"{server}/good", target, CHECKSUM, len(BODY))
     assert target.read_bytes() == BODY
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_file_gets_the_permissions_of_any_new_file(server: str, tmp_path: Path):
+def test_download_has_the_permissions_of_any_new_file(server: str, tmp_path: Path):
     (tmp_path / "ordinary").touch()
-    fetch(f"{server}/good", tmp_path / "file", SUM, len(BODY))
+    fetch(f"{server}/good", tmp_path / "file", CHECKSUM, len(BODY))
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("altered", ["another file than expected", SUM]),
-        ("cut", ["524,288 bytes came instead of 1,048,576"]),
+        ("altered", ["not the expected file", CHECKSUM]),
+        ("cut", ["received 524,288 bytes instead of 1,048,576"]),
         ("missing", ["404"]),
-        ("endless", ["over 1,048,576 bytes"]),
+        ("endless", ["received over 1,048,576 bytes"]),
     ],
 )
-def test_bad_answer(server: str, tmp_path: Path, path: str, words: list[str]):
+def test_bad_response(server: str, tmp_path: Path, path: str, words: list[str]):
     (tmp_path / "file").write_bytes(b"older")
-    assert_refused(f"{server}/{path}", tmp_path / "file", *words)
+    assert_error(f"{server}/{path}", tmp_path / "file", *words)
     assert (tmp_path / "file").read_bytes() == b"older"
 
 
-def test_nobody_listening(tmp_path: Path):
+def test_connection_refused(tmp_path: Path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        assert_refused(f"http://127.0.0.1:{unused.getsockname()[1]}/file", tmp_path / "file", "refused")
+        assert_error(f"http://127.0.0.1:{unused.getsockname()[1]}/file", tmp_path / "file", "refused")
 
 
-def test_server_that_hangs_up(tmp_path: Path):
+def test_server_that_closes_the_connection(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=lambda: listener.accept()[0].close())
         thread.start()
-        assert_refused(f"http://127.0.0.1:{listener.getsockname()[1]}/file", tmp_path / "file", "onnection")
+        assert_error(f"http://127.0.0.1:{listener.getsockname()[1]}/file", tmp_path / "file", "onnection")
         thread.join()
 
 
-def test_silent_server_is_given_up(silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_silent_server_times_out(silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(downloads, "TIMEOUT", 0.3)
-    assert_refused(silent, tmp_path / "file", "silent for 0.3 seconds")
+    assert_error(silent, tmp_path / "file", "silent for 0.3 seconds")
 
 
-def test_server_that_falls_silent_half_way_is_given_up(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_server_that_stalls_half_way_times_out(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(downloads, "TIMEOUT", 0.3)
-    assert_refused(f"{server}/stalled", tmp_path / "file", "silent for 0.3 seconds")
+    assert_error(f"{server}/stalled", tmp_path / "file", "silent for 0.3 seconds")
 
 
-def test_time_out_holds_for_the_whole_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    # A name with several addresses behind a firewall: the socket's time-out would begin anew for each.
+def test_timeout_covers_the_whole_connection_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # As for a host with several addresses behind a firewall: the socket's own timeout would restart for each.
     monkeypatch.setattr(downloads, "TIMEOUT", 0.3)
     monkeypatch.setattr(downloads.urllib.request, "urlopen", lambda url, timeout: time.sleep(1.5))
-    began = time.monotonic()
-    assert_refused("http://firewalled.example/file", tmp_path / "file", "silent for 0.3 seconds")
-    assert time.monotonic() - began < 1.2
+    start = time.monotonic()
+    assert_error("http://firewalled.example/file", tmp_path / "file", "silent for 0.3 seconds")
+    assert time.monotonic() - start < 1.2
 
 
 @pytest.mark.slow
-def test_silent_server_is_given_up_within_20_seconds(silent: str, tmp_path: Path):
-    began = time.monotonic()
-    assert_refused(silent, tmp_path / "file", "silent for 15 seconds")
-    assert time.monotonic() - began < 20
+def test_silent_server_times_out_within_20_seconds(silent: str, tmp_path: Path):
+    start = time.monotonic()
+    assert_error(silent, tmp_path / "file", "silent for 15 seconds")
+    assert time.monotonic() - start < 20
 
 
-def test_folder_that_cannot_be_written_to(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    # Not by permissions, which root does not heed.
+def test_read_only_folder(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Not by permissions, because root ignores them.
     def refuse(path: Path, mode: str):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(downloads, "open", refuse, raising=False)
-    assert_refused(f"{server}/good", tmp_path / "file", "cannot write", "Read-only file system")
+    assert_error(f"{server}/good", tmp_path / "file", "cannot write", "Read-only file system")
 
 
-def test_folder_that_cannot_be_made(server: str, tmp_path: Path):
-    (tmp_path / "downloads").write_text("a file in the folder's place")
-    assert_refused(f"{server}/good", tmp_path / "downloads" / "file", "cannot write")
+def test_folder_that_cannot_be_created(server: str, tmp_path: Path):
+    (tmp_path / "downloads").write_text("a file where the folder should be")
+    assert_error(f"{server}/good", tmp_path / "downloads" / "file", "cannot write")
 
 
-def test_part_is_removed_on_interruption(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def interrupted(url: str, size: int) -> Iterator[bytes]:
+def test_partial_file_is_removed_on_interruption(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(url: str, size: int) -> Iterator[bytes]:
         yield BODY[:100]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(downloads, "receive", interrupted)
+    monkeypatch.setattr(downloads, "receive", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fetch(f"{server}/good", tmp_path / "file", SUM, len(BODY))
+        fetch(f"{server}/good", tmp_path / "file", CHECKSUM, len(BODY))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bar_on_a_terminal_and_one_line_elsewhere(
+def test_progress_bar_on_a_terminal_and_one_line_otherwise(
     server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    fetch(f"{server}/good", tmp_path / "file", SUM, len(BODY))
+    fetch(f"{server}/good", tmp_path / "file", CHECKSUM, len(BODY))
     assert capsys.readouterr() == ("", f"downloading {server}/good (1,048,576 bytes)\n")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    fetch(f"{server}/good", tmp_path / "file", SUM, len(BODY))
+    fetch(f"{server}/good", tmp_path / "file", CHECKSUM, len(BODY))
     out, err = capsys.readouterr()
     assert out == ""
     assert "100%" in err
     assert "downloading" not in err
 
 
-def test_whole_file_in_the_cache_needs_no_server(tmp_path: Path):
+def test_intact_cached_file_needs_no_server(tmp_path: Path):
     (tmp_path / "file").write_bytes(BODY)
-    obtain("http://127.0.0.1:9/file", tmp_path / "file", SUM, len(BODY))
+    obtain("http://127.0.0.1:9/file", tmp_path / "file", CHECKSUM, len(BODY))
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-@pytest.mark.parametrize("found", [None, b"", BODY[:-1], BODY[:-1] + b"!"])
-def test_missing_or_damaged_file_in_the_cache_is_fetched(server: str, tmp_path: Path, found: bytes | None):
-    if found is not None:
-        (tmp_path / "file").write_bytes(found)
-    obtain(f"{server}/good", tmp_path / "file", SUM, len(BODY))
+@pytest.mark.parametrize("cached", [None, b"", BODY[:-1], BODY[:-1] + b"!"])
+def test_missing_or_damaged_cached_file_is_downloaded(server: str, tmp_path: Path, cached: bytes | None):
+    if cached is not None:
+        (tmp_path / "file").write_bytes(cached)
+    obtain(f"{server}/good", tmp_path / "file", CHECKSUM, len(BODY))
     assert (tmp_path / "file").read_bytes() == BODY
 
 
-def test_damaged_file_that_cannot_be_fetched_is_named_and_kept(server: str, tmp_path: Path):
+def test_damaged_file_that_cannot_be_downloaded_again_is_kept(server: str, tmp_path: Path):
     (tmp_path / "file").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="is damaged") as refusal:
-        obtain(f"{server}/missing", tmp_path / "file", SUM, len(BODY))
-    assert str(refusal.value).startswith(str(tmp_path / "file"))
-    assert f"{server}/missing: the server answers 404" in str(refusal.value)
+    with pytest.raises(UserError, match="is damaged") as error:
+        obtain(f"{server}/missing", tmp_path / "file", CHECKSUM, len(BODY))
+    assert str(error.value).startswith(str(tmp_path / "file"))
+    assert f"{server}/missing: the server responded 404" in str(error.value)
     assert (tmp_path / "file").read_bytes() == b"damaged"
 
 
 def test_sha256_of_a_file(tmp_path: Path):
     (tmp_path / "file").write_bytes(BODY)
-    assert sha256(tmp_path / "file") == SUM
+    assert sha256(tmp_path / "file") == CHECKSUM
     with pytest.raises(UserError, match="cannot read"):
         sha256(tmp_path / "none")

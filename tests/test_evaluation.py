@@ -1,4 +1,4 @@
-"""Every image is counted once, whatever their number."""
+"""Every image is counted once, for any number of images."""
 
 import jax
 import numpy as np
@@ -13,27 +13,27 @@ from flaxmnist import evaluation
 def test_exactly_n_of_n_images_are_counted(size, digits):
     model = fm.Softmax(kernel_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
     images, labels = digits.test.images[:size], digits.test.labels[:size]
-    seen = fm.evaluate(model, images, labels)
+    scores = fm.evaluate(model, images, labels)
     logits = np.asarray(model(images))
-    assert seen.count == seen.confusion.sum() == size
-    assert seen.accuracy == (logits.argmax(1) == labels).mean()
+    assert scores.count == scores.confusion.sum() == size
+    assert scores.accuracy == (logits.argmax(1) == labels).mean()
     losses = -np.log(np.asarray(jax.nn.softmax(logits)))[np.arange(size), labels]
-    np.testing.assert_allclose(seen.loss, losses.mean(), rtol=1e-4)
+    np.testing.assert_allclose(scores.loss, losses.mean(), rtol=1e-4)
 
 
-def test_the_confusion_matrix_has_truth_in_rows_and_answers_in_columns():
+def test_confusion_matrix_has_true_classes_in_rows_and_predictions_in_columns():
     logits = np.array([[9, 0, 0], [9, 0, 0], [0, 0, 9]], np.float32)
-    seen = evaluation.score(logits, np.array([0, 1, 2], np.int32))
-    assert seen.confusion.tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 1]]
-    assert seen.accuracy == pytest.approx(2 / 3)
+    scores = evaluation.score_logits(logits, np.array([0, 1, 2], np.int32))
+    assert scores.confusion.tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 1]]
+    assert scores.accuracy == pytest.approx(2 / 3)
 
 
-def test_a_hopeless_answer_has_a_finite_loss():
-    seen = evaluation.score(np.array([[1e4, 0]], np.float32), np.array([1], np.int32))
-    assert seen.loss == 1e4
+def test_loss_of_an_extreme_wrong_prediction_is_finite():
+    scores = evaluation.score_logits(np.array([[1e4, 0]], np.float32), np.array([1], np.int32))
+    assert scores.loss == 1e4
 
 
-def test_predict_gives_classes_and_probabilities(digits):
+def test_predict_returns_classes_and_probabilities(digits):
     model = fm.CNN(features=(2,), kernel=(3,), dense=8, rngs=nnx.Rngs(0))
     classes, probabilities = fm.predict(model, digits.test.images[:7])
     assert classes.shape == (7,)

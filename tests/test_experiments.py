@@ -1,4 +1,4 @@
-"""Every experiment loads, trains, lowers for every platform; every field of a config does something."""
+"""Every experiment loads, trains and lowers for every platform; every field of a config has an effect."""
 
 import dataclasses
 from dataclasses import replace
@@ -20,16 +20,16 @@ LARGE = {"cnn_experts", "cnn_layers", "record", "speedrun"}
 
 
 def load(name: str, count: int) -> Config:
-    return order.resolve(fm.load_experiment(ROOT / f"experiments/{name}.py"), count)
+    return order.resolve_length(fm.load_experiment(ROOT / f"experiments/{name}.py"), count)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_training_and_prediction_lower_for_every_platform(name, digits):
     experiment = load(name, len(digits.train.labels))
     state = jax.eval_shape(partial(steps.create_state, experiment, (28, 28), 10))
-    images, labels = (jax.ShapeDtypeStruct(part.shape, part.dtype) for part in digits.train)
+    images, labels = (jax.ShapeDtypeStruct(array.shape, array.dtype) for array in digits.train)
     indices = jax.ShapeDtypeStruct((10, experiment.train.batch_size), np.int32)
-    # Flat arguments, since an exported program knows no class of ours.
+    # Flat arguments, because an exported program does not support our classes.
     leaves, structure = jax.tree.flatten(state)
 
     def train(leaves, *rest):
@@ -54,7 +54,7 @@ def test_every_experiment_trains_a_step_and_predicts(name, few):
     assert fm.predict(run.model, few.test.images)[1].shape == (45, 10)
 
 
-# A config to begin from, and for each of its fields a change that must be seen in what a run records, keeps or says.
+# Base configs, and for each field a change that must affect the history or the result of a run.
 BASES = {
     "softmax": small(Softmax(), optimizer=SGD(momentum=0.5, schedule=config.Cosine())),
     "mlp": small(MLP(hidden=(8,)), optimizer=Adam(schedule=config.OneCycle()), evaluate_every=2),
@@ -132,8 +132,8 @@ CHANGES = {
         "optimizer.accumulate": 2,
     },
 }
-# Fields seen elsewhere: in which data are loaded, what a run folder keeps, which arithmetic a loss takes.
-ELSEWHERE = {
+# Fields with effects tested in other files.
+TESTED_ELSEWHERE = {
     "data.name": "test_data",
     "data.validation": "test_data",
     "train.epochs": "test_order",
@@ -147,22 +147,22 @@ ELSEWHERE = {
 
 
 def change(value, path: list[str], new):
-    """``value`` with another value at the end of ``path``."""
+    """Return ``value`` with the field at ``path`` replaced by ``new``."""
     if not path:
         return new
     return replace(value, **{path[0]: change(getattr(value, path[0]), path[1:], new)})
 
 
 def observed(experiment: Config, data) -> str:
-    """What a run shows: its records, and its result without what differs from run to run."""
+    """Return the history of a run, and its result without times and memory."""
     run = fm.fit(experiment, data, devices=1)
     result = {name: value for name, value in run.result.items() if "second" not in name and name != "peak_memory_bytes"}
     return repr((run.history, result))
 
 
 @pytest.fixture(scope="module")
-def before():
-    """What each base config shows, found once."""
+def baselines():
+    """A cache of what the base configs result in."""
     return {}
 
 
@@ -174,31 +174,32 @@ def before():
         for field in fields
     ],
 )
-def test_every_field_changes_something(base, field, few, before):
-    if base not in before:
-        before[base] = observed(BASES[base], few)
-    assert observed(change(BASES[base], field.split("."), CHANGES[base][field]), few) != before[base]
+def test_every_field_has_an_effect(base, field, few, baselines):
+    if base not in baselines:
+        baselines[base] = observed(BASES[base], few)
+    assert observed(change(BASES[base], field.split("."), CHANGES[base][field]), few) != baselines[base]
 
 
-def test_no_field_is_left_out():
-    covered = {field for fields in CHANGES.values() for field in fields} | set(ELSEWHERE)
+def test_every_field_is_covered():
+    """Except those of initial values, which test_layers covers."""
+    covered = {field for fields in CHANGES.values() for field in fields} | set(TESTED_ELSEWHERE)
     schedules = (config.Flat, config.Cosine, config.OneCycle, config.Exponential)
     assert set(config.Schedule.__args__) == set(schedules)
-    named = {f"optimizer.schedule.{item.name}" for kind in schedules for item in dataclasses.fields(kind)}
+    names = {f"optimizer.schedule.{item.name}" for kind in schedules for item in dataclasses.fields(kind)}
     for base in BASES.values():
-        named |= {name for name in fields.flatten(fields.to_json(base)) if not name.endswith(".kind")}
-    assert named <= covered, named - covered
-    # What each kind of initial value does with its fields, test_layers checks.
+        names |= {name for name in fields.flatten(fields.to_json(base)) if not name.endswith(".kind")}
+    assert names <= covered, names - covered
 
 
-def test_the_two_forms_of_the_cost_part_where_probabilities_vanish(few):
-    """With these initial values some probability rounds to 0, and its logarithm is infinite."""
-    written = Objective(labels="one_hot", form="probabilities")
-    wide = small(Softmax(kernel_init=config.Normal(30.0)))
+def test_only_the_stable_form_of_the_cost_is_finite_if_probabilities_vanish(few):
+    """With these initial values some probabilities round to 0, and their logarithms are infinite."""
+    stable = small(Softmax(kernel_init=config.Normal(30.0)))
+    as_written = replace(stable, objective=Objective(labels="one_hot", form="probabilities"))
     batch = steps.take_batch(*map(jnp.asarray, few.train), jnp.arange(16, dtype=jnp.int32))
-    losses = [
-        float(steps.train_step(each, steps.create_state(each, (28, 28), 10), batch)[1].batch.loss)
-        for each in (wide, replace(wide, objective=written))
-    ]
-    assert np.isfinite(losses[0])
-    assert not np.isfinite(losses[1])
+
+    def loss(experiment: Config) -> float:
+        state = steps.create_state(experiment, (28, 28), 10)
+        return float(steps.train_step(experiment, state, batch)[1].batch.loss)
+
+    assert np.isfinite(loss(stable))
+    assert not np.isfinite(loss(as_written))

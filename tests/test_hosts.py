@@ -1,4 +1,4 @@
-"""Runs of several processes: they find each other, agree, share a run folder, and notice when one is lost."""
+"""Runs of several processes: joining, agreeing, sharing a run folder, and detecting a lost process."""
 
 import contextlib
 import json
@@ -42,13 +42,13 @@ def experiment(tmp_path) -> Path:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """Ours, with the commands of this Python first, and so many devices to a process."""
+    """Return the environment with this Python first in PATH, and ``devices`` CPU devices per process."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PATH": path}
 
 
-def local(processes: int, *arguments, devices: int = 1) -> subprocess.CompletedProcess[str]:
-    """A run by launch/local.sh."""
+def run_local(processes: int, *arguments, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run launch/local.sh."""
     command = ["bash", ROOT / "launch/local.sh", processes, *arguments]
     return subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=environment(devices), timeout=300, check=False
@@ -56,23 +56,23 @@ def local(processes: int, *arguments, devices: int = 1) -> subprocess.CompletedP
 
 
 @contextlib.contextmanager
-def started(processes: int, *arguments, last=()):
-    """The processes of a run, each to be watched by itself; ``last`` are options of the last one alone."""
+def start_processes(processes: int, *arguments, last=()):
+    """Within the block, run ``processes`` processes of a run; ``last`` are options of the last one only."""
     with contextlib.ExitStack() as stack:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
-        run = []
-        for number in range(processes):
+        started = []
+        for index in range(processes):
             command = [sys.executable, ROOT / "launch/train.py", *arguments, "--coordinator", f"127.0.0.1:{port}"]
-            command += ["--processes", processes, "--process-id", number]
-            command += last if number == processes - 1 else ()
+            command += ["--processes", processes, "--process-id", index]
+            command += last if index == processes - 1 else ()
             process = subprocess.Popen(
                 list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
             )
-            run.append(stack.enter_context(process))
+            started.append(stack.enter_context(process))
             stack.callback(process.kill)
-        yield run
+        yield started
 
 
 def result(folder) -> dict:
@@ -84,9 +84,9 @@ def losses(folder) -> list[float]:
     return [record["loss"] for record in records]
 
 
-# --- Finding each other ---------------------------------------------------------------------------------------------
+# --- Joining --------------------------------------------------------------------------------------------------------
 
-SHELLS = {
+SINGLE = {
     "a laptop": {},
     "a login node": {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CLUSTER_NAME": "big"},
     "salloc's shell": {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
@@ -101,14 +101,14 @@ LAUNCHED = {
 }
 
 
-@pytest.mark.parametrize("where", SHELLS | LAUNCHED)
-def test_only_a_launcher_of_several_processes_makes_a_run_of_several(where, monkeypatch):
-    monkeypatch.setattr(os, "environ", (SHELLS | LAUNCHED)[where])
+@pytest.mark.parametrize("launcher", SINGLE | LAUNCHED)
+def test_only_a_launcher_of_several_processes_is_detected(launcher, monkeypatch):
+    monkeypatch.setattr(os, "environ", (SINGLE | LAUNCHED)[launcher])
     monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: name == "kubernetes" or None)
-    assert hosts.is_launched() == (where in LAUNCHED)
+    assert hosts.is_launched() == (launcher in LAUNCHED)
 
 
-def test_a_kubernetes_job_without_its_package_says_what_to_install(monkeypatch):
+def test_a_kubernetes_job_without_the_kubernetes_package_is_an_error(monkeypatch):
     monkeypatch.setattr(os, "environ", LAUNCHED["a job's pod"])
     monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the extra kubernetes"):
@@ -119,29 +119,29 @@ def test_a_kubernetes_job_without_its_package_says_what_to_install(monkeypatch):
     ("arguments", "message"),
     [
         (("127.0.0.1:1", 2, None), "--coordinator, --processes and --process-id together"),
-        (("127.0.0.1:1", 2, 2), r"--process-id 2 must lie in \[0, --processes 2\)"),
-        (("127.0.0.1", 2, 0), "--coordinator 127.0.0.1 must be HOST:PORT"),
-        (("host:ssh", 2, 0), "must be HOST:PORT"),
-        (("127.0.0.1:99999", 2, 0), "must be HOST:PORT"),
+        (("127.0.0.1:1", 2, 2), r"--process-id must be in \[0, --processes 2\), but is 2"),
+        (("127.0.0.1", 2, 0), "--coordinator must be HOST:PORT, but is 127.0.0.1"),
+        (("host:ssh", 2, 0), "must be HOST:PORT, but is host:ssh"),
+        (("127.0.0.1:99999", 2, 0), "must be HOST:PORT, but is 127.0.0.1:99999"),
     ],
 )
-def test_addresses_that_make_no_sense(arguments, message):
-    with pytest.raises(UserError, match=message), hosts.joined(*arguments):
+def test_invalid_addresses(arguments, message):
+    with pytest.raises(UserError, match=message), hosts.join_processes(*arguments):
         pass
 
 
-def test_a_port_that_is_taken():
-    with socket.create_server(("", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(UserError, match="nothing can listen on the port"), hosts.joined(address, 2, 0):
+def test_a_port_in_use():
+    with socket.create_server(("", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match="cannot listen on the port"), hosts.join_processes(address, 2, 0):
             pass
 
 
-# --- The watch ------------------------------------------------------------------------------------------------------
+# --- The watchdog ---------------------------------------------------------------------------------------------------
 
 
 class Store(dict):
-    """The coordinator's store, as its client shows it."""
+    """A stand-in for the client of the coordinator's key-value store."""
 
     def key_value_set(self, key, value, *, allow_overwrite):
         self[key] = value
@@ -151,104 +151,104 @@ class Store(dict):
 
 
 @pytest.fixture
-def watched(monkeypatch):
-    """Watches of processes that share a store; what each says it lost."""
-    monkeypatch.setattr(hosts, "BEAT", 0.02)
+def watchdogs(monkeypatch):
+    """A function that makes the watchdog of a process, and the list of (process, lost process) they report."""
+    monkeypatch.setattr(hosts, "HEARTBEAT_INTERVAL", 0.02)
     lost: list[tuple[int, int]] = []
-    monkeypatch.setattr(hosts.Watch, "lose", lambda watch, other: lost.append((watch.me, other)))
+    monkeypatch.setattr(hosts.Watchdog, "exit_without", lambda dog, other: lost.append((dog.process_id, other)))
 
-    def watch(me: int, count: int, store) -> hosts.Watch:
-        known = SimpleNamespace(client=store, process_id=me, num_processes=count, coordinator_address="127.0.0.1:1")
-        monkeypatch.setattr(hosts.distributed, "global_state", known)
-        return hosts.Watch(heartbeat=0.3)
+    def make(index: int, count: int, store) -> hosts.Watchdog:
+        state = SimpleNamespace(client=store, process_id=index, num_processes=count, coordinator_address="127.0.0.1:1")
+        monkeypatch.setattr(hosts.distributed, "global_state", state)
+        return hosts.Watchdog(heartbeat=0.3)
 
-    return watch, lost
+    return make, lost
 
 
-def test_processes_that_give_signs_of_life_lose_nobody(watched):
-    watch, lost = watched
+def test_no_process_with_heartbeats_is_lost(watchdogs):
+    make, lost = watchdogs
     store = Store()
-    watches = [watch(me, 3, store) for me in range(3)]
+    running = [make(index, 3, store) for index in range(3)]
     time.sleep(0.6)
-    for each in watches:
-        each.close()
+    for watchdog in running:
+        watchdog.close()
     assert lost == []
 
 
-def test_a_silent_process_is_lost(watched):
-    watch, lost = watched
+def test_a_process_without_heartbeats_is_lost(watchdogs):
+    make, lost = watchdogs
     store = Store()
-    watches = [watch(me, 3, store) for me in range(3)]
+    running = [make(index, 3, store) for index in range(3)]
     time.sleep(0.1)
-    watches[2].close()
+    running[2].close()
     time.sleep(0.6)
-    for each in watches:
-        each.close()
+    for watchdog in running:
+        watchdog.close()
     assert {(0, 2), (1, 2)} <= set(lost)
     assert {other for _, other in lost} == {2}
 
 
-def test_a_coordinator_that_does_not_answer_and_does_not_listen_is_lost_at_once(watched):
-    """Nothing listens on port 1."""
-    watch, lost = watched
+def test_a_coordinator_that_neither_replies_nor_listens_is_lost_at_once(watchdogs):
+    """The address has port 1, on which nothing listens."""
+    make, lost = watchdogs
 
     class Hanging(Store):
         def key_value_dir_get(self, prefix):
             time.sleep(1)
             return []
 
-    process = watch(1, 2, Hanging())
+    watchdog = make(1, 2, Hanging())
     time.sleep(0.2)
     assert lost
     assert set(lost) == {(1, 0)}
-    process.close()
+    watchdog.close()
 
 
-# --- Whole runs -----------------------------------------------------------------------------------------------------
+# --- Complete runs --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
 def test_several_processes_train_as_one(processes, devices, experiment, digits, tmp_path):
-    """Four devices each time; one process writes and prints, and the folder is that of any run."""
-    ended = local(processes, experiment, "--workdir", tmp_path / "run", devices=devices)
-    assert ended.returncode == 0, ended.stderr
-    assert len(re.findall("test accuracy", ended.stdout)) == 1
-    assert ended.stdout.startswith("test accuracy"), "nothing but results on standard output"
-    whole = fm.fit(fm.load_experiment(experiment), digits, devices=4)
+    """On four devices in all; one process writes and prints, and the run folder is as usual."""
+    completed = run_local(processes, experiment, "--workdir", tmp_path / "run", devices=devices)
+    assert completed.returncode == 0, completed.stderr
+    assert len(re.findall("test accuracy", completed.stdout)) == 1
+    assert completed.stdout.startswith("test accuracy"), "only results on standard output"
+    expected = fm.fit(fm.load_experiment(experiment), digits, devices=4)
     loaded = fm.load_run(tmp_path / "run")
-    for a, b in zip(*(jax.tree.leaves(run.state.params) for run in (loaded, whole)), strict=True):
+    for a, b in zip(*(jax.tree.leaves(run.state.params) for run in (loaded, expected)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    np.testing.assert_allclose(losses(tmp_path / "run"), [record["loss"] for record in whole.history], rtol=1e-4)
+    np.testing.assert_allclose(losses(tmp_path / "run"), [record["loss"] for record in expected.history], rtol=1e-4)
     described = json.loads((tmp_path / "run/config.json").read_text())["devices"]
     assert (described["count"], described["processes"]) == (4, processes)
-    assert result(tmp_path / "run")["test_accuracy"] == whole.result["test_accuracy"]
+    assert result(tmp_path / "run")["test_accuracy"] == expected.result["test_accuracy"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "last"), [(8, 1), (1, 8)])
-def test_a_run_goes_on_with_other_devices_and_hosts(first, last, experiment, digits, tmp_path):
-    """From one process to two with two devices each, and back to one."""
+def test_a_run_resumes_on_other_devices_and_processes(first, last, experiment, digits, tmp_path):
+    """From one process to two with two devices each, and back to one process."""
     config = fm.load_experiment(experiment)
-    whole = fm.fit(config, digits, devices=1)
+    expected = fm.fit(config, digits, devices=1)
     folder = tmp_path / "run"
     fm.fit(replace(config, train=replace(config.train, steps=20)), digits, folder, devices=first)
-    ended = local(2, experiment, "--workdir", folder, "--resume", "--train.steps", 40, devices=2)
-    assert ended.returncode == 0, ended.stderr
-    assert "going on from the checkpoint at step 20" in ended.stderr
+    completed = run_local(2, experiment, "--workdir", folder, "--resume", "--train.steps", 40, devices=2)
+    assert completed.returncode == 0, completed.stderr
+    assert "resuming from the checkpoint at step 20" in completed.stderr
     fm.fit(config, digits, folder, devices=last, resume=True)
-    steps = {record["step"]: record["loss"] for record in whole.history if record["split"] == "train"}
+    wanted = {record["step"]: record["loss"] for record in expected.history if record["split"] == "train"}
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    again = {record["step"]: record["loss"] for record in records if record["split"] == "train"}
-    assert list(again) == list(steps)
-    np.testing.assert_allclose(list(again.values()), list(steps.values()), rtol=1e-3)
+    resumed = {record["step"]: record["loss"] for record in records if record["split"] == "train"}
+    assert list(resumed) == list(wanted)
+    np.testing.assert_allclose(list(resumed.values()), list(wanted.values()), rtol=1e-3)
 
 
 LONG = ("--train.steps", "4000", "--train.checkpoint-every", "100", "--train.evaluate-every", "None")
 
 
-def reach(process: subprocess.Popen, step: int) -> None:
-    """Returns when the process has told of ``step``."""
+def wait_for_step(process: subprocess.Popen, step: int) -> None:
+    """Wait until the process has logged ``step``."""
     for line in process.stderr:
         if line.startswith(f"step {step},"):
             return
@@ -259,44 +259,44 @@ def reach(process: subprocess.Popen, step: int) -> None:
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_a_lost_process_ends_the_others(victim, how, experiment, tmp_path):
-    with started(2, experiment, "--workdir", tmp_path / "run", "--heartbeat", "10", *LONG) as run:
-        reach(run[0], 250)
+    with start_processes(2, experiment, "--workdir", tmp_path / "run", "--heartbeat", "10", *LONG) as run:
+        wait_for_step(run[0], 250)
         run[victim].send_signal({"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[how])
-        began = time.monotonic()
-        _, told = run[1 - victim].communicate(timeout=60)
-        assert time.monotonic() - began < 20
-    assert run[1 - victim].returncode == 75, told
-    assert f"flaxmnist: process {victim} of the run was lost; --resume goes on\n" in told
-    resumed = local(2, experiment, "--workdir", tmp_path / "run", "--resume", *LONG, "--train.steps", "400")
+        start = time.monotonic()
+        _, stderr = run[1 - victim].communicate(timeout=60)
+        assert time.monotonic() - start < 20
+    assert run[1 - victim].returncode == 75, stderr
+    assert f"flaxmnist: process {victim} of the run was lost; --resume continues\n" in stderr
+    resumed = run_local(2, experiment, "--workdir", tmp_path / "run", "--resume", *LONG, "--train.steps", "400")
     assert resumed.returncode == 0, resumed.stderr
-    step = int(re.search(r"going on from the checkpoint at step (\d+)", resumed.stderr)[1])
-    assert step >= 200, "at most the steps since the last checkpoint are lost"
-    whole = local(2, experiment, "--workdir", tmp_path / "whole", *LONG, "--train.steps", "400")
-    assert whole.returncode == 0, whole.stderr
-    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
-    assert result(tmp_path / "run")["params_sha256"] == result(tmp_path / "whole")["params_sha256"]
+    step = int(re.search(r"resuming from the checkpoint at step (\d+)", resumed.stderr)[1])
+    assert step >= 200, "only the steps since the last checkpoint are lost"
+    uninterrupted = run_local(2, experiment, "--workdir", tmp_path / "uninterrupted", *LONG, "--train.steps", "400")
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "uninterrupted/metrics.jsonl").read_bytes()
+    assert result(tmp_path / "run")["params_sha256"] == result(tmp_path / "uninterrupted")["params_sha256"]
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_by_itself_ends_the_others(experiment, tmp_path):
+def test_a_process_that_fails_ends_the_others(experiment, tmp_path):
     """The second one does not find its data."""
     missing = ("--data.name", "idx", "--data-dir", "nowhere")
-    with started(2, experiment, "--workdir", tmp_path / "run", "--heartbeat", "3", last=missing) as run:
-        told = [process.communicate(timeout=60)[1] for process in run]
-    assert [process.returncode for process in run] == [75, 2], told
-    assert "process 1 of the run was lost" in told[0]
-    assert "nowhere" in told[1]
+    with start_processes(2, experiment, "--workdir", tmp_path / "run", "--heartbeat", "3", last=missing) as run:
+        stderrs = [process.communicate(timeout=60)[1] for process in run]
+    assert [process.returncode for process in run] == [75, 2], stderrs
+    assert "process 1 of the run was lost" in stderrs[0]
+    assert "nowhere" in stderrs[1]
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all(experiment, tmp_path):
-    with started(2, experiment, "--workdir", tmp_path / "run", *LONG) as run:
-        reach(run[0], 250)
+    with start_processes(2, experiment, "--workdir", tmp_path / "run", *LONG) as run:
+        wait_for_step(run[0], 250)
         run[1].send_signal(signal.SIGUSR1)
-        told = [process.communicate(timeout=60)[1] for process in run]
-    assert [process.returncode for process in run] == [75, 75], told
-    stopped = int(re.search(r"stopped at step (\d+) of 4000; --resume goes on", told[0])[1])
-    assert "stopped at step" not in told[1], "one says it"
-    resumed = local(2, experiment, "--workdir", tmp_path / "run", "--resume", *LONG, "--train.steps", stopped + 50)
-    assert f"going on from the checkpoint at step {stopped}" in resumed.stderr
+        stderrs = [process.communicate(timeout=60)[1] for process in run]
+    assert [process.returncode for process in run] == [75, 75], stderrs
+    stopped = int(re.search(r"stopped at step (\d+) of 4000; --resume continues", stderrs[0])[1])
+    assert "stopped at step" not in stderrs[1], "only the first process prints it"
+    resumed = run_local(2, experiment, "--workdir", tmp_path / "run", "--resume", *LONG, "--train.steps", stopped + 50)
+    assert f"resuming from the checkpoint at step {stopped}" in resumed.stderr
     assert resumed.returncode == 0

@@ -1,4 +1,4 @@
-"""The commands as a person types them: what they print, and the codes they exit with."""
+"""The commands: their output and exit codes."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def experiment(tmp_path) -> Path:
 
 
 def launch(script: str, *arguments, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a command in a process of its own, on one device."""
+    """Run a command in a new process, on one device."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     command = [sys.executable, "-W", "error", ROOT / "launch" / f"{script}.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300, check=False)
@@ -42,31 +42,33 @@ def launch(script: str, *arguments, cwd: Path | None = None) -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """A small run, launched without --workdir, and its folder."""
+    """The completed process of a small run without --workdir, and its run folder."""
     home = tmp_path_factory.mktemp("home")
     (home / "small.py").write_text(SMALL)
-    ended = launch("train", "small.py", "--min-accuracy", "0.5", cwd=home)
-    assert ended.returncode == 0, ended.stderr
+    completed = launch("train", "small.py", "--min-accuracy", "0.5", cwd=home)
+    assert completed.returncode == 0, completed.stderr
     (folder,) = (home / "runs").iterdir()
-    return ended, folder
+    return completed, folder
 
 
 def test_train(trained):
-    ended, folder = trained
+    completed, folder = trained
     assert re.fullmatch(r"small-\d{8}-\d{6}", folder.name)
-    assert f"run folder runs/{folder.name}" in ended.stdout
-    assert f"next: python launch/evaluate.py runs/{folder.name}" in ended.stdout
-    assert re.search(r"^step 20, loss \d\.\d{4}, accuracy \d\.\d{4}$", ended.stderr, re.MULTILINE)
-    assert not {"\x1b", "\r"} & set(ended.stderr + ended.stdout), "no colour and no bar where there is no terminal"
+    assert f"run folder runs/{folder.name}" in completed.stdout
+    assert f"next: python launch/evaluate.py runs/{folder.name}" in completed.stdout
+    assert re.search(r"^step 20, loss \d\.\d{4}, accuracy \d\.\d{4}$", completed.stderr, re.MULTILINE)
+    assert not {"\x1b", "\r"} & set(completed.stderr + completed.stdout), (
+        "no colours and no progress bar without a terminal"
+    )
     result = json.loads((folder / "result.json").read_text())
-    assert f"test accuracy {result['test_accuracy']:.4f} of 360 images" in ended.stdout
+    assert f"test accuracy {result['test_accuracy']:.4f} of 360 images" in completed.stdout
     assert json.loads((folder / "config.json").read_text())["experiment"] == "small.py"
 
 
-def test_train_ends_with_where_time_went_and_what_was_trained(trained):
-    ended, folder = trained
+def test_train_prints_tables_of_time_and_parameters(trained):
+    completed, folder = trained
     result = json.loads((folder / "result.json").read_text())
-    times, parameters = ([line.split() for line in part.splitlines()] for part in ended.stdout.split("\n\n")[1:3])
+    times, parameters = ([line.split() for line in table.splitlines()] for table in completed.stdout.split("\n\n")[1:3])
     assert [row[0] for row in times[1:]] == [
         "import", "data", "compile", "train", "evaluate", "save", "other", "all",
     ]  # fmt: skip
@@ -97,44 +99,47 @@ def test_predict(trained, digits, tmp_path):
         Image.fromarray(digits.test.images[i, :, :, 0]).save(tmp_path / f"{i}.png")
     predicted = launch("predict", folder, tmp_path, "--json")
     assert predicted.returncode == 0, predicted.stderr
-    answers = [json.loads(line) for line in predicted.stdout.splitlines()]
-    assert [Path(answer["file"]).name for answer in answers] == [f"{i}.png" for i in range(5)]
+    predictions = [json.loads(line) for line in predicted.stdout.splitlines()]
+    assert [Path(prediction["file"]).name for prediction in predictions] == [f"{i}.png" for i in range(5)]
     classes, probabilities = fm.predict(fm.load_run(folder).model, digits.test.images[:5])
-    assert [answer["class"] for answer in answers] == classes.tolist()
-    assert all(sum(answer["probabilities"]) == pytest.approx(1) for answer in answers)
-    assert answers[0]["probabilities"] == pytest.approx(probabilities[0].tolist(), abs=1e-5)
-    (tmp_path / "rubbish.png").write_text("no picture")
-    rubbish = launch("predict", folder, tmp_path)
-    assert rubbish.returncode == 2
-    assert "rubbish.png is not an image" in rubbish.stderr
+    assert [prediction["class"] for prediction in predictions] == classes.tolist()
+    assert all(sum(prediction["probabilities"]) == pytest.approx(1) for prediction in predictions)
+    assert predictions[0]["probabilities"] == pytest.approx(probabilities[0].tolist(), abs=1e-5)
+    (tmp_path / "text.png").write_text("not an image")
+    failed = launch("predict", folder, tmp_path)
+    assert failed.returncode == 2
+    assert "text.png is not an image" in failed.stderr
 
 
 MISTAKES = {
-    "no experiment": (["train"], "give an experiment file first"),
+    "no experiment": (["train"], "no experiment file: pass it first"),
     "missing experiment": (["train", "nowhere.py"], "no experiment file nowhere.py"),
     "unknown field": (["train", "EXPERIMENT", "--optimizer.lerning-rate", "1"], "--optimizer.learning-rate"),
-    "no number": (["train", "EXPERIMENT", "--train.steps", "many"], "--train.steps"),
-    "wrong value": (["train", "EXPERIMENT", "--train.batch-size", "0"], "train.batch_size must lie in"),
-    "too large a batch": (["train", "EXPERIMENT", "--train.batch-size", "2000", "--data.last-batch", "drop"], "1257"),
-    "no such data": (["train", "EXPERIMENT", "--data.name", "idx", "--data-dir", "nowhere"], "--data.name digits"),
-    "both": (["train", "EXPERIMENT", "--resume", "--overwrite"], "give one of them"),
-    "too many devices": (["train", "EXPERIMENT", "--devices", "9"], "9 devices were asked for, but 8"),
-    "a file for a folder": (["train", "EXPERIMENT", "--devices", "1", "--workdir", "EXPERIMENT"], "cannot write to"),
-    "no run folder": (["evaluate", "nowhere"], "nowhere is no run folder: it has no config.json"),
-    "no run to export": (["export", "nowhere"], "nowhere is no run folder"),
+    "not a number": (["train", "EXPERIMENT", "--train.steps", "many"], "--train.steps"),
+    "invalid value": (["train", "EXPERIMENT", "--train.batch-size", "0"], "train.batch_size must lie in"),
+    "too large a batch size": (
+        ["train", "EXPERIMENT", "--train.batch-size", "2000", "--data.last-batch", "drop"],
+        "1257",
+    ),
+    "missing data": (["train", "EXPERIMENT", "--data.name", "idx", "--data-dir", "nowhere"], "--data.name digits"),
+    "resume and overwrite": (["train", "EXPERIMENT", "--resume", "--overwrite"], "use only one of them"),
+    "too many devices": (["train", "EXPERIMENT", "--devices", "9"], "--devices is 9, but 8 are available: use 1 to 8"),
+    "a file as run folder": (["train", "EXPERIMENT", "--devices", "1", "--workdir", "EXPERIMENT"], "cannot write to"),
+    "no run to evaluate": (["evaluate", "nowhere"], "nowhere is not a run folder: config.json is missing"),
+    "no run to export": (["export", "nowhere"], "nowhere is not a run folder"),
     "no export": (["evaluate", "nowhere.stablehlo"], "nowhere.stablehlo cannot be read"),
-    "a step of a file": (["evaluate", "model.stablehlo", "--step", "3"], "leave out --step"),
-    "an ensemble in a file": (["evaluate", "model.safetensors", "--ensemble"], "leave out --ensemble"),
-    "no run to predict with": (["predict", "nowhere", "image.png"], "nowhere is no run folder"),
-    "resuming nothing": (["train", "EXPERIMENT", "--resume"], "--resume needs the --workdir"),
-    "percents": (["train", "EXPERIMENT", "--min-accuracy", "95"], "--min-accuracy is a fraction in [0, 1]"),
-    "a trace in a file": (
+    "a step of an export": (["evaluate", "model.stablehlo", "--step", "3"], "omit --step"),
+    "an ensemble of an export": (["evaluate", "model.safetensors", "--ensemble"], "omit --ensemble"),
+    "no run to predict with": (["predict", "nowhere", "image.png"], "nowhere is not a run folder"),
+    "resume without a folder": (["train", "EXPERIMENT", "--resume"], "--resume needs a run folder: pass --workdir"),
+    "percent": (["train", "EXPERIMENT", "--min-accuracy", "95"], "--min-accuracy must be a fraction in [0, 1]"),
+    "a file as trace folder": (
         ["train", "EXPERIMENT", "--devices", "1", "--profile", "EXPERIMENT"],
         "cannot write a trace to",
     ),
     "no pixel left": (["train", "CNN", "--devices", "1"], "no pixel left"),
-    "no end": (["train", "EXPERIMENT", "--grace", "inf"], "--grace is a number of seconds"),
-    "no memory": (
+    "infinite grace": (["train", "EXPERIMENT", "--grace", "inf"], "--grace must be in (0, 86400] seconds"),
+    "not enough memory": (
         ["train", "EXPERIMENT", "--devices", "1", "--model.hidden", "1048576", "1048576"],
         "the state of this model takes 4,4",
     ),
@@ -142,24 +147,24 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_what_the_caller_can_mend_exits_with_2(name, experiment, tmp_path, monkeypatch, capsys):
+def test_a_user_error_exits_with_2(name, experiment, tmp_path, monkeypatch, capsys):
     arguments, message = MISTAKES[name]
     (tmp_path / "cnn.py").write_text(SMALL.replace("MLP(hidden=(16,))", "CNN(features=(2, 2, 2), padding='VALID')"))
     paths = {"EXPERIMENT": experiment, "CNN": tmp_path / "cnn.py"}
     monkeypatch.chdir(tmp_path)
     assert main(arguments[0])([str(paths.get(word, word)) for word in arguments[1:]]) == 2
-    told = capsys.readouterr()
-    assert message in told.err
-    assert told.out == ""
-    if name not in ("unknown field", "no number"):  # those the argument parser answers, with a box
-        assert len(told.err.splitlines()) == 1
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+    if name not in ("unknown field", "not a number"):  # for these the argument parser prints a box
+        assert len(printed.err.splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_what_a_gpu_needs_to_be_deterministic_changes_nothing_on_cpu(experiment, trained):
-    """XLA would refuse an option that it does not know."""
-    ended = launch("train", experiment, "--deterministic", "--workdir", "run", cwd=experiment.parent)
-    assert ended.returncode == 0, ended.stderr
+def test_deterministic_changes_nothing_on_cpu(experiment, trained):
+    """XLA rejects unknown flags, so this checks its name too."""
+    completed = launch("train", experiment, "--deterministic", "--workdir", "run", cwd=experiment.parent)
+    assert completed.returncode == 0, completed.stderr
     hashes = [
         json.loads((folder / "result.json").read_text())["params_sha256"]
         for folder in (experiment.parent / "run", trained[1])
@@ -170,21 +175,21 @@ def test_what_a_gpu_needs_to_be_deterministic_changes_nothing_on_cpu(experiment,
 def test_divergence_exits_with_3(experiment, tmp_path, capsys):
     options = ["--devices", "1", "--workdir", str(tmp_path / "run"), "--optimizer.learning-rate", "1e38"]
     assert main("train")([str(experiment), *options]) == 3
-    told = capsys.readouterr().err
-    assert "the loss at step" in told
-    assert "--optimizer.learning-rate" in told
+    stderr = capsys.readouterr().err
+    assert "the loss at step" in stderr
+    assert "--optimizer.learning-rate" in stderr
 
 
-def test_too_low_an_accuracy_exits_with_4(experiment, tmp_path, capsys):
+def test_an_accuracy_below_target_exits_with_4(experiment, tmp_path, capsys):
     options = ["--devices", "1", "--workdir", str(tmp_path / "run"), "--train.steps", "1", "--min-accuracy", "0.99"]
     assert main("train")([str(experiment), *options]) == 4
-    told = capsys.readouterr()
-    assert "under --min-accuracy 0.99" in told.err
-    assert "test accuracy" in told.out
+    printed = capsys.readouterr()
+    assert "below --min-accuracy 0.99" in printed.err
+    assert "test accuracy" in printed.out
 
 
 @pytest.mark.slow
-def test_a_signal_exits_with_75_and_resume_goes_on(experiment, tmp_path):
+def test_a_signal_exits_with_75_and_resume_continues(experiment, tmp_path):
     arguments = [experiment, "--train.evaluate-every", "None", "--workdir", tmp_path / "run"]
     command = [sys.executable, ROOT / "launch/train.py", *map(str, arguments), "--train.steps", "1000000"]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
@@ -193,12 +198,12 @@ def test_a_signal_exits_with_75_and_resume_goes_on(experiment, tmp_path):
             if line.startswith("step 200,"):
                 process.send_signal(signal.SIGTERM)
                 break
-        told = process.stderr.read()
+        stderr = process.stderr.read()
     assert process.returncode == 75
-    stopped = int(re.search(r"stopped at step (\d+) of 1000000; --resume goes on", told)[1])
+    stopped = int(re.search(r"stopped at step (\d+) of 1000000; --resume continues", stderr)[1])
     resumed, again = (launch("train", *arguments, "--resume", "--train.steps", stopped + 7) for _ in range(2))
     assert resumed.returncode == 0, resumed.stderr
-    assert f"going on from the checkpoint at step {stopped}" in resumed.stderr
+    assert f"resuming from the checkpoint at step {stopped}" in resumed.stderr
     assert again.returncode == 0, again.stderr
     assert "is finished" in again.stderr
     assert again.stdout.splitlines()[0] == resumed.stdout.splitlines()[0]
@@ -211,9 +216,9 @@ def test_print_config(experiment, tmp_path):
     assert json.loads(config)["model"]["hidden"] == [20, 30]
     assert re.search(r"layers\.1\.kernel +30×20 +600 +2,400$", table, re.MULTILINE)
     assert f"{784 * 20 + 20 + 20 * 30 + 30 + 30 * 10 + 10:,}" in table
-    # Three products of a pass and its gradient, less the one for the images, each of two operations.
+    # Three matrix products per layer (no gradient of the images in the first), two operations per multiply-add.
     products = 2 * 50 * (2 * 784 * 20 + 3 * 20 * 30 + 3 * 30 * 10)
-    operations = float(re.search(r"operations a step +(\S+) GFLOP", printed.stdout)[1]) * 1e9
+    operations = float(re.search(r"operations per step +(\S+) GFLOP", printed.stdout)[1]) * 1e9
     assert products < operations < 1.3 * products
     assert not list(tmp_path.glob("runs*"))
 
@@ -226,15 +231,15 @@ def test_help_exits_with_0(script):
     assert f"python launch/{script}.py" in helped.stdout
 
 
-def test_help_names_every_field_with_its_meaning_and_the_value_of_the_experiment(experiment):
+def test_help_lists_fields_with_their_meaning_and_the_values_of_the_experiment(experiment):
     helped = " ".join(launch("train", experiment, "--help").stdout.replace("│", " ").split())
-    assert "--optimizer.learning-rate FLOAT step size; the schedule's full rate (default: 0.1)" in helped
-    assert "--train.batch-size INT images a step (default: 50)" in helped
+    assert "--optimizer.learning-rate FLOAT step size; the full rate of the schedule (default: 0.1)" in helped
+    assert "--train.batch-size INT images per step (default: 50)" in helped
     assert "--model.hidden [INT [INT ...]] units of each hidden layer" in helped
 
 
 @pytest.mark.slow
 def test_quickstart_reaches_its_accuracy(tmp_path):
-    ended = launch("train", ROOT / "experiments/quickstart.py", "--min-accuracy", "0.95", cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert "next: python launch/evaluate.py" in ended.stdout
+    completed = launch("train", ROOT / "experiments/quickstart.py", "--min-accuracy", "0.95", cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert "next: python launch/evaluate.py" in completed.stdout

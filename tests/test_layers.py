@@ -30,7 +30,7 @@ def test_output_size(size, window, padding, stride, expected):
 @pytest.mark.parametrize(
     ("size", "window", "padding", "stride"), list(itertools.product((7, 8), (1, 2, 3, 5), ("SAME", "VALID"), (1, 2)))
 )
-def test_convolve_and_its_gradients_are_those_of_lax(size, window, padding, stride, getkey):
+def test_convolve_and_its_gradients_match_lax(size, window, padding, stride, getkey):
     x = jax.random.normal(getkey(), (3, size, size, 2))
     kernel = jax.random.normal(getkey(), (window, window, 2, 4))
 
@@ -39,38 +39,35 @@ def test_convolve_and_its_gradients_are_those_of_lax(size, window, padding, stri
             x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    def ours(x, kernel):
-        return layers.convolve(x, kernel, padding, stride)
-
-    expected, pull_expected = jax.vjp(reference, x, kernel)
-    actual, pull_actual = jax.vjp(ours, x, kernel)
+    expected, expected_vjp = jax.vjp(reference, x, kernel)
+    actual, actual_vjp = jax.vjp(lambda x, kernel: layers.convolve(x, kernel, padding, stride), x, kernel)
     side = layers.output_size(size, window, padding, stride)
     assert actual.shape == (3, side, side, 4)
     np.testing.assert_array_equal(actual, expected)
     dy = jax.random.normal(getkey(), actual.shape)
-    for one, other in zip(pull_actual(dy), pull_expected(dy), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    for gradient, expected_gradient in zip(actual_vjp(dy), expected_vjp(dy), strict=True):
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_the_kernel_gradient_of_accelerators_is_that_of_cpu(monkeypatch, getkey):
-    """On CPU it is summed by groups of images, elsewhere at once; here both are run on CPU."""
+def test_kernel_gradients_for_accelerators_and_cpu_agree(monkeypatch, getkey):
+    """The CPU version sums groups of images, the other all at once; both run on CPU here."""
     x, kernel = jax.random.normal(getkey(), (25, 8, 8, 2)), jax.random.normal(getkey(), (3, 3, 2, 4))
 
     def gradient():
         return jax.grad(lambda kernel: jnp.sum(layers.convolve(x, kernel, "SAME") ** 2))(kernel)
 
-    by_groups = gradient()
+    in_groups = gradient()
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays))
-    np.testing.assert_allclose(gradient(), by_groups, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(gradient(), in_groups, rtol=1e-4, atol=1e-3)
 
 
-def test_pooling_before_the_bias_gives_what_pooling_after_it_does(getkey):
+def test_pooling_before_and_after_the_bias_are_identical(getkey):
     conv = layers.Conv(2, 3, 3, bias_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(0))
     x = jax.random.normal(getkey(), (2, 7, 7, 2))
     np.testing.assert_array_equal(conv(x, pool=True), layers.max_pool(conv(x)))
 
 
-def test_space_to_depth_keeps_each_block_in_one_pixel():
+def test_space_to_depth_turns_each_block_into_one_pixel():
     image = jnp.arange(20.0).reshape(1, 4, 5, 1)
     blocks = layers.space_to_depth(image, 2)
     assert blocks.shape == (1, 2, 3, 4)
@@ -79,8 +76,8 @@ def test_space_to_depth_keeps_each_block_in_one_pixel():
     np.testing.assert_array_equal(layers.space_to_depth(image, 1), image)
 
 
-def test_gradient_of_a_convolution_counts_every_image_once(getkey):
-    """The gradient of the kernel is summed in ten groups, whether or not ten divides the batch."""
+def test_kernel_gradient_counts_every_image_once(getkey):
+    """The kernel gradient is summed in groups, which need not divide the batch."""
     kernel = jnp.zeros((3, 3, 1, 1))
     for count in (1, 9, 10, 11, 23):
         gradient = jax.grad(lambda k, n=count: layers.convolve(jnp.ones((n, 3, 3, 1)), k, "VALID").sum())(kernel)
@@ -88,7 +85,7 @@ def test_gradient_of_a_convolution_counts_every_image_once(getkey):
 
 
 @pytest.mark.parametrize("side", [4, 5, 7])
-def test_max_pool_takes_the_largest_of_each_block(side, getkey):
+def test_max_pool_returns_the_maximum_of_each_block(side, getkey):
     x = jax.random.normal(getkey(), (2, side, side, 3))
     pooled = layers.max_pool(x)
     half = -(-side // 2)
@@ -98,7 +95,7 @@ def test_max_pool_takes_the_largest_of_each_block(side, getkey):
         np.testing.assert_array_equal(pooled[:, i, j], block.max(axis=(1, 2)))
 
 
-def test_dropout_keeps_the_mean_and_drops_the_share(getkey):
+def test_dropout_keeps_the_mean_and_drops_the_given_fraction(getkey):
     x = jnp.ones((200, 500))
     dropped = layers.dropout(x, 0.4, getkey())
     assert abs(float((dropped == 0).mean()) - 0.4) < 0.01
@@ -106,7 +103,7 @@ def test_dropout_keeps_the_mean_and_drops_the_share(getkey):
     assert abs(float(dropped.mean()) - 1) < 0.01
 
 
-def test_dropout_takes_a_traced_rate(getkey):
+def test_dropout_accepts_a_traced_rate(getkey):
     key, x = getkey(), jnp.ones((20, 20))
     np.testing.assert_array_equal(
         jax.jit(lambda rate: layers.dropout(x, rate, key))(0.25), layers.dropout(x, 0.25, key)
@@ -132,7 +129,7 @@ def test_initial_values(initial, mean, stddev, low, high, getkey):
     assert values.max() <= high + 1e-6
 
 
-def test_dense_is_a_product_and_a_sum(getkey):
+def test_dense_multiplies_and_adds(getkey):
     layer = layers.Dense(3, 2, rngs=nnx.Rngs(0))
     assert layer.kernel.shape == (2, 3)
     x = jax.random.normal(getkey(), (4, 3))
@@ -140,6 +137,6 @@ def test_dense_is_a_product_and_a_sum(getkey):
     np.testing.assert_allclose(layer(x), np.array(expected), rtol=1e-5)
 
 
-def test_pixels_are_brought_to_the_unit_interval():
+def test_normalise_scales_to_the_unit_interval():
     images = np.array([0, 51, 255], np.uint8).reshape(3, 1, 1, 1)
     np.testing.assert_allclose(np.ravel(layers.normalise(jnp.asarray(images))), [0, 0.2, 1])

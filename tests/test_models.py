@@ -1,4 +1,4 @@
-"""The models as functions, and golden initial values."""
+"""Models as functions, and golden initial values."""
 
 import hashlib
 from functools import partial
@@ -17,8 +17,8 @@ from flaxmnist.steps import stream_key
 
 
 @pytest.mark.parametrize("model", [fm.Softmax, fm.MLP, fm.CNN])
-def test_modules_work_as_they_are(model, getkey):
-    """As in a notebook: made with a seed, called on images, whole numbers or floats."""
+def test_modules_work_without_a_config(model, getkey):
+    """As in a notebook: created with a seed, called on uint8 or float images."""
     images = jax.random.randint(getkey(), (3, 28, 28, 1), 0, 256).astype(jnp.uint8)
     logits = model(rngs=nnx.Rngs(0))(images)
     assert logits.shape == (3, 10)
@@ -33,19 +33,18 @@ OTHER_CNNS = [
 
 @pytest.mark.parametrize(("shape", "classes"), [((28, 28), 10), ((20, 31), 47)])
 @pytest.mark.parametrize("model", [*MODELS.values(), *OTHER_CNNS])
-def test_any_shape_and_number_of_classes(model, shape, classes):
+def test_models_accept_any_shape_and_number_of_classes(model, shape, classes):
     network = models.make_model(model, shape, classes, nnx.Rngs(0))
     assert network(jnp.zeros((2, *shape, 1))).shape == (2, classes)
 
 
-def test_a_model_that_leaves_no_pixel_is_refused():
-    with pytest.raises(
-        UserError, match=r"no pixel left of 28×28 after 3 convolutions VALID of kernels \(5, 5, 5\) and pools"
-    ):
+def test_cnn_without_pixels_left_is_rejected():
+    message = r"no pixel left of 28×28 after 3 VALID convolutions with kernels \(5, 5, 5\) and pooling: use a smaller"
+    with pytest.raises(UserError, match=message):
         models.make_model(config.CNN(features=(2, 2, 2), padding="VALID"), (28, 28), 10, nnx.Rngs(0))
 
 
-def test_the_mlp_is_a_sequence_of_layers_one_can_see_through(getkey):
+def test_mlp_matches_its_formula(getkey):
     network = fm.MLP(hidden=(20, 30), rngs=nnx.Rngs(0))
     images = jax.random.uniform(getkey(), (4, 28, 28, 1))
     x = images.reshape(4, 784)
@@ -58,34 +57,33 @@ def test_the_mlp_is_a_sequence_of_layers_one_can_see_through(getkey):
 @pytest.mark.parametrize(
     "network", [fm.Softmax, fm.MLP, partial(fm.CNN, space_to_depth=2, features=(4,), kernel=(3,), padding="VALID")]
 )
-def test_the_first_weights_are_what_an_image_is_multiplied_with(network, getkey):
-    """An image of a single dot meets one weight of each output, where the dot lies."""
+def test_first_weights_are_the_factors_of_the_pixels(network, getkey):
+    """For an image of a single dot, each output is the weight at the position of the dot."""
     model = network(kernel_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
-    pictures = models.first_weights(model)
-    assert pictures is not None
-    count, side, _ = pictures.shape
+    weights = models.first_weights(model)
+    assert weights is not None
+    count, side, _ = weights.shape
     dot = jnp.zeros((1, 28, 28, 1)).at[0, 3, 4, 0].set(1.0)
     if isinstance(model, fm.CNN):
         assert (count, side) == (4, 6)
-        blocks = layers.convolve(layers.space_to_depth(dot, 2), model.convs[0].kernel[...], "VALID")
-        np.testing.assert_allclose(blocks[0, 0, 1], pictures[:, 3, 2], rtol=1e-6)
+        output = layers.convolve(layers.space_to_depth(dot, 2), model.convs[0].kernel[...], "VALID")
+        np.testing.assert_allclose(output[0, 0, 1], weights[:, 3, 2], rtol=1e-6)
     else:
-        first = model.dense if isinstance(model, fm.Softmax) else model.layers[0]
-        assert pictures.shape[1:] == (28, 28)
-        np.testing.assert_allclose(first(layers.flatten(dot))[0], pictures[:, 3, 4], rtol=1e-6)
+        layer = model.dense if isinstance(model, fm.Softmax) else model.layers[0]
+        assert weights.shape[1:] == (28, 28)
+        np.testing.assert_allclose(layer(layers.flatten(dot))[0], weights[:, 3, 4], rtol=1e-6)
 
 
-def test_feature_maps_are_those_that_the_answer_comes_from(getkey):
+def test_feature_maps_are_those_behind_the_logits(getkey):
     network = fm.CNN(features=(2, 3), kernel=(3,), dense=8, rngs=nnx.Rngs(0))
     images = jax.random.uniform(getkey(), (4, 28, 28, 1))
     first, second = network.feature_maps(images)
     assert first.shape == (4, 14, 14, 2) and second.shape == (4, 7, 7, 3)
-    answer = network.logits(jax.nn.relu(network.dense(layers.flatten(second))))
-    np.testing.assert_array_equal(network(images), answer)
+    logits = network.logits(jax.nn.relu(network.dense(layers.flatten(second))))
+    np.testing.assert_array_equal(network(images), logits)
 
 
-def test_dropout_reaches_the_hidden_units_only():
-    """With everything left out, what remains is the last layer's bias."""
+def test_dropping_everything_leaves_the_last_bias():
     for model in (fm.MLP(rngs=nnx.Rngs(0)), fm.CNN(rngs=nnx.Rngs(0)), fm.Softmax(rngs=nnx.Rngs(0))):
         logits = model(jnp.ones((2, 28, 28, 1)), dropout=jnp.zeros_like)
         np.testing.assert_array_equal(logits, jnp.zeros((2, 10)))
@@ -101,7 +99,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", ["softmax_epochs", "mlp_scratch", "cnn_experts", "cnn_layers"])
 def test_golden_initial_values(name):
-    """The same on every version and machine. A change means that no run before it can be repeated: say so, and why."""
+    """Identical for all versions and machines. A change makes earlier runs irreproducible: document it and why."""
     experiment = fm.load_experiment(f"experiments/{name}.py")
     rngs = nnx.Rngs(params=stream_key(0, "init"))
     params = nnx.to_pure_dict(nnx.state(models.make_model(experiment.model, (28, 28), 10, rngs)))

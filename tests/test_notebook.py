@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, and what its text says stands in the code under it."""
+"""The notebook runs from top to bottom, and numbers and names in its text occur in the code below it."""
 
 import ast
 import copy
@@ -23,7 +23,7 @@ CODE = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 
 
 def sections() -> list[tuple[str, str]]:
-    """Each text, and the code from there to the next one."""
+    """Return each text with the code between it and the next text."""
     found: list[tuple[str, str]] = []
     for cell in NOTEBOOK.cells:
         if cell.cell_type == "markdown":
@@ -39,12 +39,12 @@ SECTIONS = pytest.mark.parametrize(
 
 
 def numbers(code: str) -> set[float]:
-    """The numbers that ``code`` writes."""
+    """Return the number literals in ``code``."""
     tokens = tokenize.generate_tokens(io.StringIO(code).readline)
     return {float(ast.literal_eval(token.string)) for token in tokens if token.type == tokenize.NUMBER}
 
 
-def test_it_is_kept_without_outputs():
+def test_it_is_stored_without_outputs():
     nbformat.validate(NOTEBOOK)
     assert NOTEBOOK.metadata.keys() == {"kernelspec", "language_info"}
     assert NOTEBOOK.metadata.kernelspec.name == "python3" and NOTEBOOK.metadata.language_info == {"name": "python"}
@@ -56,21 +56,21 @@ def test_it_is_kept_without_outputs():
 
 
 @SECTIONS
-def test_numbers_of_the_text_stand_in_the_code_under_it(text, code):
-    """There they are either what is asked for or asserted: none can go stale."""
+def test_numbers_in_the_text_occur_in_the_code(text, code):
+    """The code either uses or asserts them, so that none can become outdated."""
     prose = re.sub(r"`.+?`", "", text)
-    named = {float(number.replace(",", "")) for number in re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", prose)}
-    assert named <= numbers(code)
+    mentioned = {float(number.replace(",", "")) for number in re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", prose)}
+    assert mentioned <= numbers(code)
 
 
 @SECTIONS
-def test_names_of_the_text_stand_in_the_code_under_it(text, code):
+def test_names_in_the_text_occur_in_the_code(text, code):
     assert code
     for name in re.findall(r"`(.+?)`", text):
         assert re.search(rf"(?<!\w){re.escape(name)}(?!\w)", code), name
 
 
-def test_names_of_the_package_exist():
+def test_names_from_the_package_exist():
     for dotted in re.findall(r"\bfm\.([\w.]+)", "\n".join(CODE)):
         functools.reduce(getattr, dotted.split("."), fm)
     for node in ast.walk(ast.parse("\n".join(CODE))):
@@ -86,14 +86,14 @@ def test_its_first_cell_installs_what_is_missing(missing, installed, monkeypatch
     commands = []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else object())
     monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append((command, check)))
-    names = {}
-    exec(CODE[0], names)
-    assert names["SOURCE"] == ".."
+    namespace = {}
+    exec(CODE[0], namespace)
+    assert namespace["SOURCE"] == ".."
     assert commands == ([([sys.executable, "-m", "pip", "install", "-q", *installed], True)] if installed else [])
 
 
 @pytest.mark.slow
-def test_it_runs_from_top_to_bottom_with_no_file_beside_it(tmp_path):
+def test_it_runs_from_top_to_bottom_without_other_files(tmp_path):
     empty, notebook = tmp_path / "empty", copy.deepcopy(NOTEBOOK)
     empty.mkdir()
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "IPYTHONDIR": str(tmp_path / "ipython")}
@@ -101,11 +101,11 @@ def test_it_runs_from_top_to_bottom_with_no_file_beside_it(tmp_path):
     client.execute(env=environment)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            told = "".join(output.text for output in cell.outputs if output.get("name") == "stderr")
-            # Nothing but progress bars.
-            lines = [line for line in re.split(r"[\r\n]", told) if line.strip() and not re.search(r"\d/\d+ \[", line)]
+            stderr = "".join(output.text for output in cell.outputs if output.get("name") == "stderr")
+            # Only progress bars are allowed.
+            lines = [line for line in re.split(r"[\r\n]", stderr) if line.strip() and not re.search(r"\d/\d+ \[", line)]
             assert not lines, f"{cell.id}: {lines}"
-            shown = {kind for output in cell.outputs for kind in output.get("data", {})}
-            assert "fm.plots." not in cell.source.splitlines()[-1] or "image/png" in shown, cell.id
-    assert "text/html" in shown  # the report
+            media_types = {media_type for output in cell.outputs for media_type in output.get("data", {})}
+            assert "fm.plots." not in cell.source.splitlines()[-1] or "image/png" in media_types, cell.id
+    assert "text/html" in media_types  # the report
     assert not list(empty.iterdir())

@@ -1,4 +1,4 @@
-"""The worked numbers of the tutorials' texts, and where the two forms of the cost part."""
+"""The worked examples of the tutorials, and the difference between the two forms of the cost."""
 
 import jax
 import jax.numpy as jnp
@@ -11,40 +11,40 @@ from flaxmnist.objective import correct, cross_entropy
 
 INTEGER = Objective()
 ONE_HOT = Objective(labels="one_hot")
-WRITTEN = Objective(form="probabilities", labels="one_hot")
+PROBABILITIES = Objective(form="probabilities", labels="one_hot")
 
 
-def test_softmax_of_the_text():
+def test_softmax_of_the_tutorial():
     expected = [0.16838508, 0.205666, 0.25120102, 0.37474789]
     softmax = np.exp(log_softmax(np.array([[0.1, 0.3, 0.5, 0.9]])))
     np.testing.assert_allclose(softmax, [expected], rtol=1e-6)
 
 
-@pytest.mark.parametrize("objective", [INTEGER, ONE_HOT, WRITTEN])
-def test_cross_entropy_of_the_text(objective):
-    """Of [1, 0, 0] with probabilities [.5, .3, .2]: −log .5."""
+@pytest.mark.parametrize("objective", [INTEGER, ONE_HOT, PROBABILITIES])
+def test_cross_entropy_of_the_tutorial(objective):
+    """The target [1, 0, 0] with probabilities [.5, .3, .2] gives −log .5."""
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
     np.testing.assert_allclose(cross_entropy(objective, logits, jnp.array([0])), [-np.log(0.5)], rtol=1e-6)
 
 
 def test_one_hot_of_three():
-    """Is [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]: the gradient of the cost is the softmax less that."""
+    """The gradient of the cost is the softmax minus [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]."""
     gradient = jax.grad(lambda logits: cross_entropy(ONE_HOT, logits, jnp.array([3]))[0])(jnp.zeros((1, 10)))
     np.testing.assert_allclose(0.1 - gradient, [[0, 0, 0, 1, 0, 0, 0, 0, 0, 0]], atol=1e-6)
 
 
-def test_all_forms_agree_where_nothing_overflows(getkey):
+def test_all_forms_agree_if_nothing_overflows(getkey):
     logits = 3 * jax.random.normal(getkey(), (20, 10))
     labels = jax.random.randint(getkey(), (20,), 0, 10)
     stable = cross_entropy(INTEGER, logits, labels)
     np.testing.assert_allclose(cross_entropy(ONE_HOT, logits, labels), stable, rtol=1e-5)
-    np.testing.assert_allclose(cross_entropy(WRITTEN, logits, labels), stable, rtol=1e-5)
+    np.testing.assert_allclose(cross_entropy(PROBABILITIES, logits, labels), stable, rtol=1e-5)
 
 
-def test_only_the_stable_form_survives_large_logits():
+def test_only_the_stable_form_is_finite_for_large_logits():
     logits, labels = jnp.array([[200.0, 0.0]]), jnp.array([1])
     assert cross_entropy(INTEGER, logits, labels) == 200
-    assert not np.isfinite(cross_entropy(WRITTEN, logits, labels))
+    assert not np.isfinite(cross_entropy(PROBABILITIES, logits, labels))
 
 
 def test_label_smoothing_mixes_in_the_uniform_distribution(getkey):

@@ -1,4 +1,4 @@
-"""Each optimizer and schedule against its formula."""
+"""Optimizers and schedules against their formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,12 @@ GRADIENTS = [np.array(g) for g in ([1.0, -2.0], [0.5, 0.5], [-3.0, 1.0])]
 
 
 def train(optimizer: config.Optimizer, updates=3) -> np.ndarray:
-    """Where [1, 1] goes on the three gradients."""
+    """Return the parameters [1, 1] after updates by the three gradients."""
     transformation, params = make_optimizer(optimizer, updates), jnp.ones(2)
     state = transformation.init(params)
     for gradient in GRADIENTS:
-        change, state = transformation.update(jnp.asarray(gradient, jnp.float32), state, params)
-        params = optax.apply_updates(params, change)
+        update, state = transformation.update(jnp.asarray(gradient, jnp.float32), state, params)
+        params = optax.apply_updates(params, update)
     return np.asarray(params)
 
 
@@ -46,28 +46,28 @@ def test_adam(decay):
     np.testing.assert_allclose(train(adam), params, rtol=1e-5)
 
 
-def test_muon_moves_matrices_alike_in_all_directions_and_vectors_by_nadam():
-    """Singular values far apart come out alike, at the same root mean square for every shape."""
+def test_muon_orthogonalises_matrices_and_applies_nadam_to_vectors():
+    """Singular values of the updates are similar, and their root mean square is the same for every shape."""
     left, right = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 4)))[0], np.eye(4)
     gradients = {"dense": left.T * [[8.0], [4.0], [2.0], [1.0]], "bias": np.array([3.0, -0.5])}
     gradients["kernel"] = (left @ np.diag([8.0, 4.0, 2.0, 1.0]) @ right).reshape(2, 2, 3, 4)
     gradients = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), gradients)
     transformation = make_optimizer(config.Muon(learning_rate=0.1), 1)
-    change, _ = transformation.update(gradients, transformation.init(gradients), gradients)
-    for matrix in (change["dense"], change["kernel"].reshape(12, 4)):
+    updates, _ = transformation.update(gradients, transformation.init(gradients), gradients)
+    for matrix in (updates["dense"], updates["kernel"].reshape(12, 4)):
         values = np.linalg.svd(matrix, compute_uv=False) / (0.1 * 0.2 * np.sqrt(12))
         assert values.min() > 0.6
         assert values.max() < 1.3
-    step = 0.1 * (0.9 * 0.1 / (1 - 0.9**2) + 1)  # Nadam's first
-    np.testing.assert_allclose(change["bias"], [-step, step], rtol=1e-4)
+    step = 0.1 * (0.9 * 0.1 / (1 - 0.9**2) + 1)  # first step of Nadam
+    np.testing.assert_allclose(updates["bias"], [-step, step], rtol=1e-4)
 
 
-def test_clipping_shortens_the_gradient_and_keeps_its_direction():
+def test_clipping_scales_the_gradient():
     clipped = [g * min(1, 1 / np.linalg.norm(g)) for g in GRADIENTS]
     np.testing.assert_allclose(train(config.SGD(learning_rate=0.1, clip_norm=1.0)), 1 - 0.1 * sum(clipped), rtol=1e-6)
 
 
-def test_accumulation_makes_one_update_of_the_mean():
+def test_accumulation_applies_the_mean_gradient():
     accumulated = train(config.SGD(learning_rate=0.1, accumulate=3))
     np.testing.assert_allclose(accumulated, 1 - 0.1 * sum(GRADIENTS) / 3, rtol=1e-6)
 
@@ -89,21 +89,21 @@ def test_schedules(kind, expected):
         np.testing.assert_allclose(float(rate(jnp.int32(step))), value, rtol=1e-4, atol=1e-8)
 
 
-def test_a_schedule_drives_the_optimizer():
-    """The first update of a warm-up has the rate 0, so only the later two move the parameters."""
-    warm = config.SGD(learning_rate=0.1, schedule=config.Cosine(warmup_steps=1000))
+def test_schedule_changes_the_learning_rate():
+    """The first update of a warm-up has rate 0, so only the other two change the parameters."""
+    optimizer = config.SGD(learning_rate=0.1, schedule=config.Cosine(warmup_steps=1000))
     expected = 1 - 1e-4 * (1 * GRADIENTS[1] + 2 * GRADIENTS[2])
-    np.testing.assert_allclose(train(warm, 2000), expected, rtol=1e-5)
+    np.testing.assert_allclose(train(optimizer, 2000), expected, rtol=1e-5)
 
 
-def test_a_rate_may_be_traced():
-    """As a sweep does: the learning rate is an argument of the compiled program."""
+def test_learning_rate_may_be_traced():
+    """As in a sweep: the learning rate is an argument of the compiled program."""
 
-    def once(rate):
-        # A config is checked when made; a sweep writes traced values over a checked one.
+    def update(rate):
+        # As fields.replace does for a traced value.
         optimizer = config.SGD()
         object.__setattr__(optimizer, "learning_rate", rate)
         transformation = make_optimizer(optimizer, 1)
         return transformation.update(jnp.ones(1), transformation.init(jnp.ones(1)))[0]
 
-    np.testing.assert_allclose(jax.jit(once)(jnp.float32(0.25)), [-0.25])
+    np.testing.assert_allclose(jax.jit(update)(jnp.float32(0.25)), [-0.25])

@@ -1,4 +1,4 @@
-"""One run on one device and on many, by jit and by pmap: the same parameters, the same files."""
+"""Runs on one and on several devices, with jit and pmap, have the same parameters and files."""
 
 import functools
 import json
@@ -17,21 +17,21 @@ from flaxmnist.errors import UserError
 
 
 def one_epoch(model: str, dropout: float = 0.0, **data) -> Config:
-    """An epoch of the digits: 1,257 images, the last batch of 41 filled up to 64."""
+    """Return a config for one epoch of the digits: 1,257 images, the last batch of 41 padded to 64."""
     layers = MODELS[model] if dropout == 0 else replace(MODELS[model], dropout=dropout)
     optimizer = SGD(learning_rate=0.1, momentum=0.9)
     return small(layers, optimizer=optimizer, steps=20, batch_size=64, data=Data(name="digits", **data))
 
 
 @pytest.fixture(scope="module")
-def on_one_device(digits):
-    """The run of a config on one device, done once."""
+def fit_on_one_device(digits):
+    """A cached function that trains a config on one device."""
     return functools.cache(lambda config: fm.fit(config, digits, devices=1))
 
 
-def assert_close(one, other, atol) -> None:
-    """The parameters of two runs are the same but for rounding."""
-    for a, b in zip(jax.tree.leaves(one.state.params), jax.tree.leaves(other.state.params), strict=True):
+def assert_close(run, expected, atol) -> None:
+    """Assert that the parameters of two runs differ by rounding only."""
+    for a, b in zip(jax.tree.leaves(run.state.params), jax.tree.leaves(expected.state.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
 
@@ -43,126 +43,127 @@ def slow(*values):
 @pytest.mark.parametrize(
     ("backend", "devices"), [slow("jit", 2), slow("jit", 4), ("jit", 8), ("pmap", 4), slow("pmap", 8)]
 )
-def test_parameters_do_not_depend_on_the_devices(model, backend, devices, digits, on_one_device):
+def test_parameters_do_not_depend_on_devices(model, backend, devices, digits, fit_on_one_device):
     run = fm.fit(one_epoch(model), digits, backend=backend, devices=devices)
     assert (run.result["backend"], run.result["devices"]) == (backend, devices)
-    assert_close(run, on_one_device(one_epoch(model)), 1e-5)
+    assert_close(run, fit_on_one_device(one_epoch(model)), 1e-5)
 
 
 @pytest.mark.parametrize(("backend", "devices"), [("jit", 4), slow("jit", 8), slow("pmap", 8)])
-def test_nor_does_what_is_drawn_for_an_image(backend, devices, digits, on_one_device):
-    """Dropout and augmentation."""
+def test_dropout_and_augmentation_do_not_depend_on_devices(backend, devices, digits, fit_on_one_device):
     config = one_epoch("mlp", 0.5, augment=Augment(shift=2.0, rotate=10.0))
-    assert_close(fm.fit(config, digits, backend=backend, devices=devices), on_one_device(config), 1e-5)
+    assert_close(fm.fit(config, digits, backend=backend, devices=devices), fit_on_one_device(config), 1e-5)
 
 
 @pytest.mark.parametrize("backend", [slow("jit"), "pmap"])
-def test_a_last_batch_of_96_on_devices_that_get_none_of_it(backend, digits):
-    """Of 128 places, eight devices have 16 each: the last two of them nothing but filling."""
+def test_devices_with_only_padding(backend, digits):
+    """Eight devices have 16 of 128 rows each; of a last batch of 96 images, the last two have only padding."""
     config = fm.load_experiment(ROOT / "experiments/mlp_scratch.py")
     config = replace(config, model=replace(config.model, hidden=(64,)), train=replace(config.train, epochs=3))
-    train = Split(*(part[: 128 + 96] for part in digits.train))
-    one, four, eight = (
+    train = Split(*(array[: 128 + 96] for array in digits.train))
+    on_one, on_four, on_eight = (
         fm.fit(config, replace(digits, train=train), backend=backend, devices=devices) for devices in (1, 4, 8)
     )
-    assert one.result["steps"] == 6
-    for run in (four, eight):
-        assert_close(run, one, 1e-5)
+    assert on_one.result["steps"] == 6
+    for run in (on_four, on_eight):
+        assert_close(run, on_one, 1e-5)
 
 
 @pytest.mark.slow
-def test_losses_agree_while_rounding_grows(digits):
+def test_losses_stay_close_over_300_steps(digits):
     config = small("cnn", optimizer=Adam(learning_rate=1e-3), steps=300, batch_size=64)
     runs = [fm.fit(config, digits, backend=backend, devices=n) for backend, n in (("jit", 1), ("jit", 8), ("pmap", 8))]
-    one, *others = ([r["loss"] for r in run.history if r["split"] == "train"] for run in runs)
+    expected, *others = ([r["loss"] for r in run.history if r["split"] == "train"] for run in runs)
     for losses in others:
-        np.testing.assert_allclose(losses, one, rtol=0.02)
+        np.testing.assert_allclose(losses, expected, rtol=0.02)
 
 
 @pytest.mark.parametrize(("before", "after"), [slow(8, 1), slow(1, 8)])
-def test_a_run_goes_on_with_another_number_of_devices(before, after, few, tmp_path):
+def test_a_run_resumes_on_another_number_of_devices(before, after, few, tmp_path):
     config = small("mlp", evaluate_every=5, checkpoint_every=5)
-    whole = fm.fit(config, few, devices=1)
+    expected = fm.fit(config, few, devices=1)
     fm.fit(replace(config, train=replace(config.train, steps=10)), few, tmp_path, devices=before)
     resumed = fm.fit(config, few, tmp_path, resume=True, devices=after)
     assert [(r["step"], r["split"]) for r in resumed.history if r["step"] > 10] == [
-        (r["step"], r["split"]) for r in whole.history if r["step"] > 10
+        (r["step"], r["split"]) for r in expected.history if r["step"] > 10
     ]
-    losses = [[r["loss"] for r in run.history if r["split"] == "train"] for run in (whole, resumed)]
+    losses = [[r["loss"] for r in run.history if r["split"] == "train"] for run in (expected, resumed)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
-    assert_close(resumed, whole, 1e-5)
+    assert_close(resumed, expected, 1e-5)
     assert json.loads((tmp_path / "config.json").read_text())["devices"]["count"] == after
 
 
-# --- Split parameters -----------------------------------------------------------------------------------------------
+# --- Sharded parameters ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("devices", "parts"), [(2, 2), slow(8, 4)])
+@pytest.mark.parametrize(("devices", "model_parallel"), [(2, 2), slow(8, 4)])
 @pytest.mark.parametrize("model", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
-def test_split_parameters_train_as_whole_ones(model, devices, parts, digits, on_one_device, tmp_path):
-    run = fm.fit(one_epoch(model), digits, tmp_path, devices=devices, model_parallel=parts)
-    assert_close(run, on_one_device(one_epoch(model)), 1e-4)
+def test_sharded_and_replicated_parameters_train_the_same(
+    model, devices, model_parallel, digits, fit_on_one_device, tmp_path
+):
+    run = fm.fit(one_epoch(model), digits, tmp_path, devices=devices, model_parallel=model_parallel)
+    assert_close(run, fit_on_one_device(one_epoch(model)), 1e-4)
     assert run.result["params_sha256"] == json.loads((tmp_path / "result.json").read_text())["params_sha256"]
     assert_same(fm.load_run(tmp_path).state.params, run.state.params)
 
 
-def test_kernels_and_their_optimizer_state_are_split(few):
+def test_kernels_and_their_optimizer_state_are_sharded(few):
     config = small(MLP(hidden=(32,)), optimizer=Adam())
     mesh = parallel.make_mesh(8, model_parallel=4)
-    state = program.first_state(config, few, mesh)
-    compiled = program.Program(config, state, program.place(few.train, mesh), mesh)
+    state = program.initial_state(config, few, mesh)
+    compiled = program.Program(config, state, program.put_split(few.train, mesh), mesh)
     state, _ = compiled(state, 0, 3)
     for tree in (state.params, state.opt_state[0].mu, state.opt_state[0].nu):
-        first, last = (tree["layers"][number]["kernel"] for number in (0, 1))
+        first, last = (tree["layers"][index]["kernel"] for index in (0, 1))
         assert first.addressable_shards[0].data.shape == (8, 784), "32 outputs over 4 devices"
-        assert last.addressable_shards[0].data.shape == (10, 8), "10 outputs do not divide, 32 inputs do"
+        assert last.addressable_shards[0].data.shape == (10, 8), "10 outputs are not divisible by 4, 32 inputs are"
         assert tree["layers"][0]["bias"].is_fully_replicated
 
 
-# --- What does not go -----------------------------------------------------------------------------------------------
+# --- Invalid combinations -------------------------------------------------------------------------------------------
 
-REFUSED = {
-    "batch": (small(batch_size=20), {}, "batch_size 20 does not divide by 8 devices: take 16 or 24"),
-    "small batch": (small(batch_size=6), {"backend": "pmap"}, "6 does not divide by 8 devices: take 8, or fewer"),
-    "grid": (small(), {"model_parallel": 3}, "--model-parallel 3 does not divide 8 devices"),
-    "nothing": (small(), {"model_parallel": 0}, "--model-parallel 0 does not divide"),
-    "pmap": (small("mlp"), {"model_parallel": 2, "backend": "pmap"}, "--backend pmap is for one process and whole"),
+INVALID = {
+    "batch": (small(batch_size=20), {}, "batch_size 20 is not divisible by 8 devices: use 16 or 24"),
+    "small batch": (small(batch_size=6), {"backend": "pmap"}, "6 is not divisible by 8 devices: use 8, or fewer"),
+    "model_parallel": (small(), {"model_parallel": 3}, "--model-parallel 3 does not divide 8 devices"),
+    "zero": (small(), {"model_parallel": 0}, "--model-parallel 0 does not divide"),
+    "pmap": (small("mlp"), {"model_parallel": 2, "backend": "pmap"}, "--backend pmap supports neither"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_divide_is_refused(name, few):
-    config, options, message = REFUSED[name]
+@pytest.mark.parametrize("name", INVALID)
+def test_an_invalid_combination_is_an_error(name, few):
+    config, options, message = INVALID[name]
     with pytest.raises(UserError, match=message):
         fm.fit(config, few, **options)
 
 
-def test_a_model_with_nothing_to_split_is_refused(few):
-    odd = replace(few, classes=7)
-    with pytest.raises(UserError, match=r"divides no side of a dense kernel \(9×784, 7×9\)"):
-        fm.fit(small(MLP(hidden=(9,)), batch_size=5), odd, devices=5, model_parallel=5)
+def test_a_model_that_cannot_be_sharded_is_an_error(few):
+    data = replace(few, classes=7)
+    with pytest.raises(UserError, match=r"divides no dimension of a dense kernel \(9×784, 7×9\)"):
+        fm.fit(small(MLP(hidden=(9,)), batch_size=5), data, devices=5, model_parallel=5)
 
 
-# --- What devices tell each other -----------------------------------------------------------------------------------
+# --- Communication --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_step_exchanges_the_gradient_once_and_three_sums(model, backend, few):
-    """Loss, right answers and images; no activations, which would grow with the batch."""
+def test_a_step_exchanges_only_the_gradient_and_its_metrics(model, backend, few):
+    """The metrics are the sums of loss, correct predictions and images; activations would grow with the batch."""
     trainer = benchmarks.Trainer(small(model), few, parallel.make_mesh(8), backend)
     gradient = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.state.params))
     assert scaling.exchanged_bytes(trainer.compiled) - gradient in (8, 12)
 
 
 @pytest.mark.slow
-def test_the_table_of_scaling(few, monkeypatch):
+def test_scaling_report(few, monkeypatch):
     monkeypatch.setattr(benchmarks, "STRETCH_SECONDS", 0.01)
     monkeypatch.setattr(benchmarks, "ROUNDS", 1)
     rows = scaling.measure(small(Softmax(), batch_size=12), few)
     assert [(row["backend"], row["devices"]) for row in rows] == [(b, n) for b in ("jit", "pmap") for n in (1, 2, 4, 8)]
-    assert {row["batch_size"] for row in rows} == {16}, "what divides by eight devices"
+    assert {row["batch_size"] for row in rows} == {16}, "divisible by eight devices"
     assert all(row[kind]["ratio"] == 1 for row in rows if row["devices"] == 1 for kind in ("strong", "weak"))
-    head, *lines = scaling.report(rows).splitlines()
+    header, *lines = scaling.report(rows).splitlines()
     assert len(lines) == 8
-    assert {len(line) for line in lines} == {len(head)}
+    assert {len(line) for line in lines} == {len(header)}

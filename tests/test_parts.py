@@ -1,4 +1,4 @@
-"""What a sweep keeps of its members, and goes on from."""
+"""The folder of a sweep: resuming, damage, and folders of other sweeps."""
 
 import shutil
 import threading
@@ -13,79 +13,73 @@ from flaxmnist.errors import Stopped, UserError
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alone", [True, False])
-def test_a_stopped_sweep_goes_on_to_the_same_results(alone, few, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "trains_alone", lambda config, share_order: alone)
+@pytest.mark.parametrize("sequential", [True, False])
+def test_stopped_sweep_resumes_to_the_same_results(sequential, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "runs_sequentially", lambda config, share_order: sequential)
     config = small("mlp", steps=8, evaluate_every=4)
     settings = [{"optimizer.learning_rate": rate, "train.batch_size": size} for rate in (0.1, 0.2) for size in (8, 16)]
-    settings = settings[2:] if alone else settings
+    settings = settings[2:] if sequential else settings
 
     def run(folder, **options):
         return sweeps.run([(config, few)], [0, 1], settings, devices=1, workdir=tmp_path / folder, **options)
 
-    whole = run("whole")
+    full = run("full")
     stop, finish = threading.Event(), sweeps.Block.finish
     with monkeypatch.context() as patch:
         patch.setattr(sweeps.Block, "finish", lambda *a: stop.set() or finish(*a))
-        with pytest.raises(Stopped, match="--resume goes on"):
-            run("cut", stop=stop)
-    (tmp_path / "cut/parts/half.npz.tmp").write_bytes(b"half")
-    kept = len(list((tmp_path / "cut/parts").glob("*.npz")))
-    assert kept >= 1
-    resumed = run("cut", resume=True)
-    assert resumed.members == whole.members
-    assert resumed.groups == whole.groups
-    for name, column in whole.curves.items():
+        with pytest.raises(Stopped, match="--resume continues"):
+            run("stopped", stop=stop)
+    (tmp_path / "stopped/parts/truncated.npz.tmp").write_bytes(b"truncated")
+    assert list((tmp_path / "stopped/parts").glob("*.npz"))
+    resumed = run("stopped", resume=True)
+    assert resumed.members == full.members
+    assert resumed.groups == full.groups
+    for name, column in full.curves.items():
         np.testing.assert_array_equal(resumed.curves[name], column)
-    monkeypatch.setattr(program.Members, "__init__", None)
-    assert run("cut", resume=True).members == whole.members, "nothing is trained again"
+    monkeypatch.setattr(program.TrialProgram, "__init__", None)
+    assert run("stopped", resume=True).members == full.members, "nothing is trained again"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alone", [True, False])
-def test_members_at_work_go_on_from_where_they_were(alone, few, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "trains_alone", lambda config, share_order: alone)
+@pytest.mark.parametrize("sequential", [True, False])
+def test_unfinished_trials_resume_from_their_last_step(sequential, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "runs_sequentially", lambda config, share_order: sequential)
     config = small("mlp", optimizer=Adam(), steps=9, evaluate_every=3, skip_nonfinite=1)
 
     def run(folder, **options):
         return sweeps.run([(config, few)], [0, 1, 2], [{}], devices=1, workdir=tmp_path / folder, **options)
 
-    whole = run("whole")
-    stop, validate, done = threading.Event(), sweeps.Block.validate, []
+    full = run("full")
+    stop, validate, steps = threading.Event(), sweeps.Block.validate, []
 
-    def validating(block, step):
+    def validate_and_stop(block, step):
         validate(block, step)
-        done.append(step)
-        if len(done) == (5 if alone else 2):
+        steps.append(step)
+        if len(steps) == (5 if sequential else 2):
             stop.set()
 
-    monkeypatch.setattr(sweeps.Block, "validate", validating)
+    monkeypatch.setattr(sweeps.Block, "validate", validate_and_stop)
     with pytest.raises(Stopped):
-        run("cut", stop=stop)
-    assert done.pop() == 6
-    (tmp_path / "cut/unfinished.npz").rename(tmp_path / "unfinished.npz")
-    done.clear()
-    for damage in (b"", None):
-        if damage is None:
-            shutil.copy(tmp_path / "unfinished.npz", tmp_path / "cut")
-        else:
-            shutil.copytree(tmp_path / "cut", tmp_path / "damaged")
-            (tmp_path / "damaged/unfinished.npz").write_bytes(damage)
-        done.clear()
-        resumed = run("cut" if damage is None else "damaged", resume=True)
-        assert done[0] == (9 if damage is None else 3), "only what is not done is done"
-        assert resumed.members == whole.members
-        for name, column in whole.curves.items():
+        run("stopped", stop=stop)
+    assert steps.pop() == 6
+    shutil.copytree(tmp_path / "stopped", tmp_path / "damaged")
+    (tmp_path / "damaged/unfinished.npz").write_bytes(b"")
+    for folder, first_validation in (("damaged", 3), ("stopped", 9)):
+        steps.clear()
+        resumed = run(folder, resume=True)
+        assert steps[0] == first_validation
+        assert resumed.members == full.members
+        for name, column in full.curves.items():
             np.testing.assert_array_equal(resumed.curves[name], column)
-    assert not (tmp_path / "cut/unfinished.npz").exists()
+    assert not (tmp_path / "stopped/unfinished.npz").exists()
 
 
-def test_a_folder_of_another_sweep_is_left_alone(few, tmp_path):
+def test_other_folders_are_not_changed(few, tmp_path):
     config = small(steps=2)
     sweeps.run([(config, few)], [0], [{}], devices=1, workdir=tmp_path / "a")
-    with pytest.raises(UserError, match="is not empty: give --resume"):
+    with pytest.raises(UserError, match="is not empty: pass --resume"):
         sweeps.run([(config, few)], [0], [{}], devices=1, workdir=tmp_path / "a")
-    with pytest.raises(UserError, match="was begun with other seeds"):
+    with pytest.raises(UserError, match="was started with different seeds"):
         sweeps.run([(config, few)], [1], [{}], devices=1, workdir=tmp_path / "a", resume=True)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/thesis.tex").write_text("years")
@@ -95,15 +89,15 @@ def test_a_folder_of_another_sweep_is_left_alone(few, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: b"", lambda content: b"no part"])
-def test_the_members_of_a_damaged_part_are_trained_again(damage, few, tmp_path, caplog):
+def test_trials_of_a_damaged_part_are_trained_again(damage, few, tmp_path, caplog):
     def sweep(**options):
         return sweeps.run([(small(steps=2), few)], [0], [{}], devices=1, workdir=tmp_path, **options)
 
-    whole = sweep()
+    full = sweep()
     (part,) = (tmp_path / "parts").iterdir()
     part.write_bytes(damage(part.read_bytes()))
     with pytest.raises(UserError, match=f"{part.name} is damaged"):
-        parts.load_members(tmp_path)
-    assert sweep(resume=True).members == whole.members
+        parts.load_trials(tmp_path)
+    assert sweep(resume=True).members == full.members
     assert f"{part.name} is damaged" in caplog.text
-    assert len(parts.load_members(tmp_path)) == 1
+    assert len(parts.load_trials(tmp_path)) == 1

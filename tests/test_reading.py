@@ -1,4 +1,4 @@
-"""Digits that a person draws or prints are read, and shown as the model saw them."""
+"""Predictions for drawn and printed digits, and how they are shown."""
 
 import io
 import json
@@ -19,8 +19,8 @@ from flaxmnist import inspection
 from flaxmnist.digits import read_digit
 from flaxmnist.errors import exit_code
 
-# The way of a pen through each digit: strokes of points (x, y), from the left and from the top, in percent.
-WAYS = [
+# Pen strokes of each digit: points (x, y) in percent of the width and height, from the top left.
+STROKES = [
     "50,0 20,15 10,55 30,95 60,95 85,60 80,20 50,0",
     "35,20 55,0 | 55,0 50,50 47,100",
     "15,25 30,3 65,3 75,30 50,65 12,97 | 12,97 50,95 90,97",
@@ -49,60 +49,58 @@ FONTS = (
 COLOURS = (("black", "white"), ("#223399", "#f5efdc"), ("white", "black"), ("#b03020", "white"), ("#444444", "#cccccc"))
 
 
-def drawn(number: int, width: int, slant: float) -> Image.Image:
-    """``number`` by hand, with a round pen ``width`` pixels wide."""
-    ink, ground = COLOURS[number % 5]
-    picture = Image.new("RGB", (360, 480), ground)
-    for stroke in WAYS[number].split("|"):
+def draw_digit(digit: int, width: int, slant: float) -> Image.Image:
+    """Draw ``digit`` as if by hand, with a round pen ``width`` pixels wide."""
+    ink, background = COLOURS[digit % 5]
+    picture = Image.new("RGB", (360, 480), background)
+    for stroke in STROKES[digit].split("|"):
         points = np.array([point.split(",") for point in stroke.split()], float) / 100
         curve = make_interp_spline(np.linspace(0, 1, len(points)), points, k=min(3, len(points) - 1))
         for x, y in curve(np.linspace(0, 1, 200)):
-            middle = 360 * (0.2 + 0.6 * x + slant * (0.5 - y)), 480 * (0.15 + 0.7 * y)
-            ImageDraw.Draw(picture).circle(middle, width / 2, fill=ink)
+            centre = 360 * (0.2 + 0.6 * x + slant * (0.5 - y)), 480 * (0.15 + 0.7 * y)
+            ImageDraw.Draw(picture).circle(centre, width / 2, fill=ink)
     return picture
 
 
-def printed(number: int, font: str) -> Image.Image:
-    """``number`` in a font."""
-    ink, ground = COLOURS[(number + 2) % 5]
-    picture = Image.new("RGB", (200, 240), ground)
+def print_digit(digit: int, font: str) -> Image.Image:
+    ink, background = COLOURS[(digit + 2) % 5]
+    picture = Image.new("RGB", (200, 240), background)
     path = Path(matplotlib.get_data_path()) / f"fonts/ttf/{font}.ttf"
-    ImageDraw.Draw(picture).text((100, 120), str(number), ink, ImageFont.truetype(str(path), 170), anchor="mm")
+    ImageDraw.Draw(picture).text((100, 120), str(digit), ink, ImageFont.truetype(str(path), 170), anchor="mm")
     return picture
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("FLAXMNIST_DATA" not in os.environ, reason="FLAXMNIST_DATA names no folder with MNIST")
-def test_a_good_network_reads_digits_in_other_fonts_and_pens(tmp_path):
+def test_good_model_reads_drawn_and_printed_digits(tmp_path):
     experiment = fm.load_experiment("experiments/speedrun.py")
     config = replace(experiment, train=replace(experiment.train, steps=1000))
     run = fm.fit(config, fm.load_data(config.data, os.environ["FLAXMNIST_DATA"]), devices=1)
     assert run.result["test_accuracy"] >= 0.99
-    pens = [drawn(number, width=6 + 4 * number, slant=0.02 * (number - 4)) for number in range(10)]
-    pictures = [*pens, *map(printed, range(10), FONTS)]
-    for place, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{place:02d}.png")
+    drawn = [draw_digit(digit, width=6 + 4 * digit, slant=0.02 * (digit - 4)) for digit in range(10)]
+    for index, picture in enumerate([*drawn, *map(print_digit, range(10), FONTS)]):
+        picture.save(tmp_path / f"{index:02d}.png")
     images = np.stack([read_digit(path) for path in sorted(tmp_path.iterdir())])
-    answers, _ = fm.predict(run.model, images)
-    assert (answers == np.arange(20) % 10).sum() >= 18, answers
+    predictions, _ = fm.predict(run.model, images)
+    assert (predictions == np.arange(20) % 10).sum() >= 18, predictions
 
 
-def test_an_image_is_shown_beside_its_answer():
+def test_image_is_shown_next_to_its_prediction():
     image = np.zeros((28, 28, 1), np.uint8)
     image[4:6, 10], image[7, 3] = 255, 128
-    lines = inspection.answer("a.png", image, np.array([0.25, 0.75, *[0.0] * 8])).splitlines()
+    lines = inspection.show_prediction("a.png", image, np.array([0.25, 0.75, *[0.0] * 8])).splitlines()
     assert len(lines) == 14
-    assert lines[2][11] == "█" and lines[3][4] == "░", "two rows of pixels a line"
+    assert lines[2][11] == "█" and lines[3][4] == "░", "two rows of pixels per line"
     assert {line[1:29] for line in lines} - {lines[2][1:29], lines[3][1:29]} == {" " * 28}
     assert lines[0].endswith("│  a.png: 1")
     assert lines[3].endswith(f"│  1  0.7500  {15 * '▪'}") and lines[11].endswith("│  9  0.0000")
 
 
-def test_predict_shows_what_it_saw(digits, few, tmp_path, capsys):
+def test_predict_shows_the_images(digits, few, tmp_path, capsys):
     fm.fit(small(), few, tmp_path / "run")
     (tmp_path / "own").mkdir()
     for name in ("b", "a"):
-        drawn(7, 20, 0.0).save(tmp_path / f"own/{name}.png")
+        draw_digit(7, 20, 0.0).save(tmp_path / f"own/{name}.png")
     command = [str(tmp_path / "run"), str(tmp_path / "own")]
     assert main("predict")([*command, "--plot", str(tmp_path / "seen.png")]) == 0
     shown = capsys.readouterr().out
@@ -110,14 +108,14 @@ def test_predict_shows_what_it_saw(digits, few, tmp_path, capsys):
     with Image.open(tmp_path / "seen.png") as picture:
         assert picture.width > 300
     assert main("predict")([*command, "--json"]) == 0
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert f"own/a.png: {answers[0]['class']}\n" in shown
-    for path, told in {"nowhere/seen.png": "give another file", "seen.jpg": "pictures are PNG files"}.items():
+    predictions = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert f"own/a.png: {predictions[0]['class']}\n" in shown
+    for path, message in {"nowhere/seen.png": "use another file", "seen.jpg": "pictures are PNG files"}.items():
         assert main("predict")([*command, "--plot", str(tmp_path / path)]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-def test_a_terminal_that_knows_ascii_alone_is_written_to(monkeypatch):
+def test_output_to_an_ascii_terminal(monkeypatch):
     file = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding="ascii"))
     assert exit_code(lambda: print("│░▪ 7")) == 0

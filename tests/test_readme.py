@@ -1,24 +1,21 @@
-"""What the README says is run: its Python, its changes, the commands it names."""
+"""The READMEs: snippets and commands run, links lead to files, the table has the accuracies of the docstrings."""
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 
-README = (ROOT / "README.md").read_text()
+READMES = {
+    name: (ROOT / name).read_text()
+    for name in ("README.md", "experiments/README.md", "launch/README.md", "tests/README.md")
+}
+TEXT = "\n".join(READMES.values())
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
-
-ASSERTED = """
+ASSERTIONS = """
 assert run.history[-1]["step"] == 520
 assert run.history[-1]["accuracy"] > 0.95
 assert len(classes) == len(probabilities) == 360
@@ -29,77 +26,21 @@ assert abs(float(metrics.batch.loss / metrics.batch.images) - 2.3026) < 1e-4
 """
 
 
-@pytest.mark.slow
-def test_the_python_blocks_run_one_after_the_other():
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
-    code = "\n".join([*blocks("python"), ASSERTED])
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+def blocks(text: str, language: str = "") -> list[str]:
+    """Return the code blocks of a language; those without a language are commands."""
+    return [
+        code for name, code in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if name == language
+    ]
 
 
-CHANGED = """
-import flaxmnist as fm
-from flaxmnist.config import *
-from flaxmnist.inspection import parameter_table
-
-config = Config(
-    name="changed",
-    model=Residual(width=16),
-    optimizer=Lion(schedule=Linear()),
-    data=Data(name="npz"),
-    train=Train(batch_size=20, steps=5),
-)
-run = fm.fit(config, fm.load_data(config.data, "."), "run")
-assert run.history[-1]["accuracy"] <= run.history[-1]["top2"] <= 1
-assert "blocks.1.kernel" in parameter_table(run.state.params)
-assert fm.load_run("run").config == config
-"""
+def section(file: str, title: str) -> str:
+    return READMES[file].split(f"## {title}\n")[1].split("\n## ")[0]
 
 
-def test_the_changes_apply_and_train(digits, tmp_path):
-    """All five at once: a model, a data set, an optimizer, a metric, a schedule."""
-    copy = tmp_path / "copy"
-    shutil.copytree(ROOT / "flaxmnist", copy / "flaxmnist")
-    for number, change in enumerate(blocks("diff")):
-        (tmp_path / f"{number}.diff").write_text(change)
-        subprocess.run(["git", "apply", tmp_path / f"{number}.diff"], cwd=copy, check=True)
-    assert number == 4
-    splits = {"train": digits.train, "test": digits.test}
-    few = {f"{part}_{kind}": array[:100] for part in splits for kind, array in splits[part]._asdict().items()}
-    np.savez(copy / "data.npz", **few)
-    environment = os.environ | {"PYTHONPATH": str(copy), "JAX_NUM_CPU_DEVICES": "1"}
-    subprocess.run([sys.executable, "-c", CHANGED], cwd=copy, env=environment, check=True)
-
-
-def test_every_experiment_stands_in_the_table_with_what_its_docstring_says():
-    section = README.split("## Experiments")[1].split("## Speed")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", section, re.MULTILINE))
-    for path in (ROOT / "experiments").glob("*.py"):
-        measured = re.search(r"[\d.]+ ± [\d.]+ %", path.read_text())[0]
-        assert measured in rows[path.stem]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("section", "count", "runs"), [("Experiments", 9, 3), ("See it", 6, 3)])
-def test_the_commands_run(section, count, runs, tmp_path, digits):
-    """As they stand, but for two steps on the digits."""
-    for name in ("launch", "experiments"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "folder").mkdir()
-    for name in ("photo.png", "folder/another.png"):
-        Image.fromarray(digits.test.images[0, :, :, 0]).save(tmp_path / name)
-    commands = listed(section)
-    assert len(commands) == count
-    for command in commands:
-        if "train.py" in command:
-            command = re.sub(r"--train.steps \d+", "", command) + " --train.steps 2 --data.name digits"
-        run(command, tmp_path)
-    assert len([path for path in (tmp_path / "runs").iterdir() if (path / "config.json").exists()]) == runs
-
-
-def listed(section: str) -> list[str]:
-    """The commands of a section's first block."""
-    block = README.split(f"## {section}\n")[1].split("```")[1]
-    return [line.split("#")[0].strip() for line in block.strip().splitlines()]
+def commands(file: str, title: str) -> list[str]:
+    """Return the commands of a section, except those that install."""
+    lines = "".join(blocks(section(file, title))).splitlines()
+    return [line.split("#")[0].strip() for line in lines if not line.startswith("pip install")]
 
 
 def run(command: str, folder) -> None:
@@ -108,35 +49,121 @@ def run(command: str, folder) -> None:
     subprocess.run(words, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("FLAXMNIST_DATA" not in os.environ, reason="FLAXMNIST_DATA names no folder with MNIST")
-def test_the_sweeps_run(tmp_path):
-    """As they stand, but for two seeds and steps."""
+def shorten(command: str) -> str:
+    """Make a command train for only two steps, and with only two seeds and random settings."""
+    if "train.py" in command:
+        return re.sub(r"--train.steps \d+", "", command) + " --train.steps 2 --data.name digits"
+    if "sweep.py" in command:
+        command = re.sub(r"--seeds \d+", "--seeds 2", command).replace("--random 20", "--random 2")
+        return f"{command} --over train.epochs=None --over train.steps=2"
+    return command
+
+
+@pytest.fixture
+def folder(tmp_path, digits):
+    """A folder in which the commands find the launchers, the experiments and images of digits."""
     for name in ("launch", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
-    commands = listed("Sweeps")
-    assert len(commands) == 4
-    for command in commands:
-        if "sweep.py" in command:
-            command = re.sub(r"--seeds \d+", "--seeds 2", command).replace("--random 20", "--random 2")
-            command += " --over train.epochs=None --over train.steps=2"
-        run(f"{command} --data-dir {os.environ['FLAXMNIST_DATA']}", tmp_path)
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"rates", "random", "compared"}
+    (tmp_path / "folder").mkdir()
+    for name in ("photo.png", "folder/another.png"):
+        Image.fromarray(digits.test.images[0, :, :, 0]).save(tmp_path / name)
+    return tmp_path
 
 
-def test_commands_name_files_that_are_there():
-    for name in re.findall(r"((?:launch|experiments|\.ci)/[\w.]+)", README):
+@pytest.mark.slow
+def test_python_snippets_run_one_after_another():
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    code = "\n".join([*blocks(TEXT, "python"), ASSERTIONS])
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "title", "count", "runs"),
+    [
+        ("README.md", "Start", 1, 1),
+        ("README.md", "Experiments", 2, 1),
+        ("launch/README.md", "One run", 9, 3),
+        ("launch/README.md", "Pictures and reports", 6, 3),
+    ],
+)
+def test_commands_run(file, title, count, runs, folder):
+    """Run them on the digits, for two steps."""
+    listed = commands(file, title)
+    assert len(listed) == count
+    for command in listed:
+        run(shorten(command), folder)
+    assert len([path for path in (folder / "runs").iterdir() if (path / "config.json").exists()]) == runs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("FLAXMNIST_DATA" not in os.environ, reason="FLAXMNIST_DATA names no folder with MNIST")
+@pytest.mark.parametrize(
+    ("file", "title", "count", "folders"),
+    [
+        ("README.md", "Sweeps, reports, exports", 6, {"rates", "speedrun"}),
+        ("launch/README.md", "Sweeps", 4, {"rates", "random", "compared"}),
+    ],
+)
+def test_sweeps_run(file, title, count, folders, folder):
+    """Run them for two seeds and steps."""
+    listed = commands(file, title)
+    assert len(listed) == count
+    for command in listed:
+        data = f" --data-dir {os.environ['FLAXMNIST_DATA']}" if re.search(r"sweep|evaluate|report", command) else ""
+        run(shorten(command) + data, folder)
+    assert {path.name for path in (folder / "runs").iterdir()} == folders
+
+
+def test_the_table_has_every_experiment_with_the_accuracy_in_its_docstring():
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", section("README.md", "Experiments"), re.MULTILINE))
+    for path in (ROOT / "experiments").glob("*.py"):
+        measured = re.search(r"[\d.]+ ± [\d.]+ %", path.read_text())[0]
+        assert measured in rows[path.stem]
+
+
+def test_commands_name_files_that_exist():
+    for name in re.findall(r"((?:launch|experiments|tests|\.ci)/\w[\w./]*\w)", TEXT):
         assert (ROOT / name).exists(), name
 
 
-def test_options_it_names_are_options_of_the_command():
-    helped = subprocess.run(
-        [sys.executable, ROOT / "launch/train.py", ROOT / "experiments/softmax_epochs.py", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
+def slug(title: str) -> str:
+    """Return the anchor that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+LINKS = [
+    (file, target) for file, text in READMES.items() for target in re.findall(r'(?:\]\(|src=")([^)":]+)[)"]', text)
+]
+
+
+@pytest.mark.parametrize(("file", "target"), LINKS)
+def test_links_lead_to_files_and_headings(file, target):
+    name, _, anchor = target.partition("#")
+    path = (ROOT / file).parent / name if name else ROOT / file
+    assert path.exists()
+    if anchor:
+        assert anchor in map(slug, re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE))
+
+
+def test_the_readme_links_to_every_change():
+    linked = {
+        name for file, target in LINKS if file == "README.md" for name in re.findall(r"tests/changes/(.+)", target)
+    }
+    assert linked == {path.name for path in (ROOT / "tests/changes").iterdir()}
+
+
+@pytest.mark.parametrize("verb", ["train", "sweep", "benchmark"])
+def test_options_of_commands_exist(verb):
+    used = {
+        option
+        for line in TEXT.splitlines()
+        if re.match(rf"([A-Z_]+=\d+ )?python launch/{verb}\.py", line)
+        for option in re.findall(r"(--[a-z][\w.-]+)", line.split("#")[0])
+    }
+    experiment = [ROOT / "experiments/softmax_epochs.py"] if verb == "train" else []
+    listed = subprocess.run(
+        [sys.executable, ROOT / f"launch/{verb}.py", *experiment, "--help"], capture_output=True, text=True, check=True
     ).stdout
-    for line in README.splitlines():
-        if line.startswith("python launch/train.py"):
-            for option in re.findall(r"(--[\w.-]+)", line.split("#")[0]):
-                assert option in helped, option
+    for option in used:
+        assert option in listed, option

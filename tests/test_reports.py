@@ -1,4 +1,4 @@
-"""A report shows all that applies to a run, to several, or to a sweep, and needs nothing but itself."""
+"""Reports on a run, several runs or a sweep contain every applicable picture, in one self-contained file."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ import flaxmnist as fm
 from flaxmnist import evaluation, reports, sweeps
 from flaxmnist.errors import Stopped, UserError
 
-# Those of a CNN, in the order of the page.
+# The pictures for a CNN, in the order of the page.
 PICTURES = [
     "history", "batch_costs", "confusion", "mistakes", "calibration", "weights", "feature_maps", "examples", "digit",
     "values",
@@ -26,7 +26,7 @@ PICTURES = [
 
 @pytest.fixture(scope="module")
 def runs(digits, tmp_path_factory):
-    """The folder of a softmax and of a CNN run."""
+    """A folder with a softmax and a CNN run."""
     folder = tmp_path_factory.mktemp("runs")
     fm.fit(small(steps=10), digits, folder / "softmax")
     fm.fit(small("cnn", steps=4), digits, folder / "cnn")
@@ -39,49 +39,49 @@ def copy(runs, tmp_path):
     return tmp_path / "runs"
 
 
-def test_a_run_has_every_picture_that_applies(copy, capsys):
+def test_a_run_has_every_applicable_picture(copy, capsys):
     folder, page = copy / "cnn", copy / "cnn/report.html"
     assert main("report")([str(folder)]) == 0
     assert capsys.readouterr().out.splitlines() == [*(f"{folder}/plots/{name}.png" for name in PICTURES), str(page)]
     text = page.read_text()
-    drawn = [base64.b64decode(each) for each in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
-    assert drawn == [(folder / f"plots/{name}.png").read_bytes() for name in PICTURES]
+    embedded = [base64.b64decode(match) for match in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
+    assert embedded == [(folder / f"plots/{name}.png").read_bytes() for name in PICTURES]
     assert text.count("<img") == text.count('alt="') == len(PICTURES)
     result = json.loads((folder / "result.json").read_text())
     assert f"test accuracy        {result['test_accuracy']:.4f} of 360 images" in text
     assert "optimizer.learning_rate = 0.1" in text
-    # It needs nothing beside itself, from the disk or the network.
+    # It refers to no other file, neither on disk nor on the network.
     assert not re.search(r"https?://|<script|url\(|@import", text)
     assert set(re.findall(r'(?:src|href)="(.{5})', text)) == {"data:"}
 
 
-def test_feature_maps_are_those_of_a_cnn(runs, digits):
-    loaded = fm.load_run(runs / "softmax")
-    assert [picture.name for picture in reports.of_model(loaded, digits)] == ["weights"]
+def test_only_a_cnn_has_feature_maps(runs, digits):
+    run = fm.load_run(runs / "softmax")
+    assert [picture.name for picture in reports.model_pictures(run, digits)] == ["weights"]
 
 
-def test_a_run_that_is_not_finished_looks_at_validation_images(digits, tmp_path):
-    """The test images are scored once, at the end."""
+def test_an_unfinished_run_is_evaluated_on_validation_images(digits, tmp_path):
+    """The test images are used only once, at the end of a run."""
     stop = threading.Event()
     stop.set()
     with pytest.raises(Stopped):
         fm.fit(small(steps=20), digits, tmp_path, stop=stop)
-    sections = {section.title: section.text for section in reports.of_run(tmp_path, fm.load_run(tmp_path), None)}
-    assert "Answers on the validation images" in sections
+    sections = {section.title: section.text for section in reports.run_sections(tmp_path, fm.load_run(tmp_path), None)}
+    assert "Predictions on the validation images" in sections
     assert re.search(r"steps +\d+ of 20: not finished", sections["Result"])
-    assert sum(int(line.split()[-1]) for line in sections["Each class"].splitlines()[1:]) == 180
+    assert sum(int(line.split()[-1]) for line in sections["Scores of each class"].splitlines()[1:]) == 180
 
 
 def test_several_runs_are_compared(copy):
     page, pictures = reports.write([copy / "cnn", copy / "softmax"])
     assert page == copy / "report.html"
     assert [path.name for path in pictures] == ["history.png", "accuracies.png"]
-    told = page.read_text()
-    assert re.search(r"model.kind +CNN +Softmax", told)
-    assert "data.name" not in told, "only what differs"
+    text = page.read_text()
+    assert re.search(r"model.kind +CNN +Softmax", text)
+    assert "data.name" not in text, "only fields that differ"
     results = {name: json.loads((copy / name / "result.json").read_text()) for name in ("cnn", "softmax")}
     for name, result in results.items():
-        assert re.search(rf"{name} +{result['test_accuracy']:.4g} +{result['test_loss']:.4g} ", told)
+        assert re.search(rf"{name} +{result['test_accuracy']:.4g} +{result['test_loss']:.4g} ", text)
 
 
 def test_a_sweep(few, tmp_path):
@@ -91,34 +91,35 @@ def test_a_sweep(few, tmp_path):
     page, pictures = reports.write([tmp_path])
     assert [path.stem for path in pictures] == ["curves", "distribution", "optimizer.learning_rate"]
     assert "small optimizer.learning_rate=0.1" in page.read_text()
-    whole = json.loads((tmp_path / "result.json").read_text())
+    result = json.loads((tmp_path / "result.json").read_text())
     for name in ("members", "groups", "over", "experiments"):
-        (tmp_path / "result.json").write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
-        with pytest.raises(UserError, match="does not hold what was saved there"):
+        (tmp_path / "result.json").write_text(json.dumps({key: value for key, value in result.items() if key != name}))
+        with pytest.raises(UserError, match="is damaged or incomplete"):
             reports.write([tmp_path])
     (tmp_path / "result.json").unlink()
-    with pytest.raises(UserError, match="is not finished: go on with the sweep"):
+    with pytest.raises(UserError, match="is not finished: continue the sweep"):
         reports.write([tmp_path])
-    with pytest.raises(UserError, match="is a sweep: give it alone"):
+    with pytest.raises(UserError, match="is a sweep: pass only this folder"):
         reports.write([tmp_path, tmp_path / "run"])
 
 
-def test_names_are_text_and_not_html(runs, tmp_path):
-    loaded = fm.load_run(runs / "softmax")
-    page, _ = reports.save("<b>", reports.of_runs({"<i>": loaded, "other": replace(loaded, result={})}), tmp_path)
+def test_names_are_escaped(runs, tmp_path):
+    run = fm.load_run(runs / "softmax")
+    sections = reports.comparison_sections({"<i>": run, "other": replace(run, result={})})
+    page, _ = reports.save("<b>", sections, tmp_path)
     assert not re.search("<[bi]>", page.read_text())
 
 
-def test_what_the_caller_can_mend(copy):
-    with pytest.raises(UserError, match="nowhere is no run folder"):
+def test_user_errors(copy):
+    with pytest.raises(UserError, match="nowhere is not a run folder"):
         reports.write([copy / "nowhere"])
-    with pytest.raises(UserError, match="a run is given twice"):
+    with pytest.raises(UserError, match="a run is listed twice"):
         reports.write([copy / "cnn", copy / "cnn"])
     (copy / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write .*: Not a directory; give another --out"):
+    with pytest.raises(UserError, match=r"cannot write .*: Not a directory; pass another --out"):
         reports.write([copy / "softmax"], copy / "file")
     shutil.copytree(copy / "cnn", copy / "elsewhere/cnn")
-    with pytest.raises(UserError, match="the runs lie in several folders: give --out"):
+    with pytest.raises(UserError, match="the runs are in several folders: pass --out"):
         reports.write([copy / "softmax", copy / "elsewhere/cnn"])
     assert not (copy / "report.html").exists()
     config = json.loads((copy / "softmax/config.json").read_text())
@@ -128,18 +129,18 @@ def test_what_the_caller_can_mend(copy):
         reports.write([copy / "softmax"])
 
 
-def test_a_result_of_another_checkpoint_is_not_told(digits, tmp_path):
-    """The newest one is damaged: what is shown is all of the one before."""
+def test_a_result_of_another_checkpoint_is_ignored(digits, tmp_path):
+    """If the newest checkpoint is lost, the report is about the one before."""
     fm.fit(small(steps=4, checkpoint_every=2), digits, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints/4")
     facts = dict(reports.facts(fm.load_run(tmp_path)))
     assert facts["steps"] == "2 of 4: not finished" and "test accuracy" not in facts
 
 
-def test_a_model_that_diverged_is_shown_as_far_as_it_can_be(runs, digits):
-    nowhere = np.full((360, 10), np.nan)
-    seen = evaluation.score(nowhere, digits.test.labels)
-    assert [picture.name for picture in reports.of_answers(digits.test, nowhere, seen)] == ["confusion"]
+def test_a_diverged_model_has_only_a_confusion_matrix(runs, digits):
+    logits = np.full((360, 10), np.nan)
+    scores = evaluation.score_logits(logits, digits.test.labels)
+    assert [picture.name for picture in reports.prediction_pictures(digits.test, logits, scores)] == ["confusion"]
 
 
 CHECK = """<script>
@@ -154,7 +155,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_a_browser_draws_every_picture(copy):
+def test_a_browser_displays_every_picture(copy):
     page, pictures = reports.write([copy / "cnn"])
     checked = copy / "checked.html"
     checked.write_text(page.read_text() + CHECK)
@@ -170,4 +171,4 @@ def test_a_browser_draws_every_picture(copy):
     with Image.open(copy / "page.png") as screenshot:
         assert screenshot.size == (1000, 6000)
         bands = [screenshot.crop((0, top, 1000, top + 1000)).getcolors(2) for top in range(0, 5000, 1000)]
-    assert bands == [None] * 5, "no band of the page is of one colour"
+    assert bands == [None] * 5, "no band of the page has a single colour"

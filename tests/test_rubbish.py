@@ -1,6 +1,6 @@
-"""Whatever is fed to it, it ends in success or with a message of what to mend: no traceback, no hang, no great memory.
+"""Property tests: any input ends in success or with a message, without traceback, hang or excessive memory.
 
-Each test draws some hundreds of cases; in the slow suite thousands.
+Each test draws hundreds of cases; in the slow suite thousands.
 """
 
 import contextlib
@@ -27,29 +27,28 @@ from flaxmnist.digits import read_digit
 from flaxmnist.errors import Stopped, UserError
 from flaxmnist.idx import read_idx
 
-MORE = 20  # times as many cases in the slow suite
+MORE = 20  # factor for the number of cases in the slow suite
 
 
 def cases(quick: int):
-    """Runs a test that takes one ``case`` more than it is given here, so many times."""
+    """Parametrize a test with ``count``: ``quick`` cases, and MORE times as many in the slow suite."""
     return pytest.mark.parametrize("count", [quick, pytest.param(MORE * quick, marks=pytest.mark.slow)])
 
 
 def try_all(count: int, strategy, check) -> None:
-    """Calls ``check`` with ``count`` cases; each must raise nothing but UserError, and memory must stay."""
+    """Call ``check`` with ``count`` cases. Only UserError may be raised, and memory may grow by at most 2 GB."""
 
     def attempt(case):
         with contextlib.suppress(UserError):
             check(case)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    none = list(HealthCheck)
-    options = settings(max_examples=count, deadline=None, database=None, derandomize=True, suppress_health_check=none)
-    options(given(strategy)(attempt))()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 << 20, "over 2 GB more memory"
+    options = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+    settings(max_examples=count, **options)(given(strategy)(attempt))()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 << 20, "memory grew by more than 2 GB"
 
 
-# --- Rubbish --------------------------------------------------------------------------------------------------------
+# --- Strategies ------------------------------------------------------------------------------------------------------
 
 words = st.text(max_size=8) | st.sampled_from(
     ["", "None", "SGD", "CNN", "mnist", "digits", "../x", "a\0b", "nan", "\ud800"]
@@ -68,7 +67,7 @@ values = st.recursive(
 
 @st.composite
 def damaged(draw, contents: list[bytes]) -> bytes:
-    """One of ``contents`` with a stretch replaced, or cut off, or anything."""
+    """Draw one of ``contents``, with some bytes replaced or its end changed, or a few random bytes."""
     content = draw(st.sampled_from(contents))
     start = draw(st.integers(0, len(content)))
     stop = draw(st.integers(start, min(len(content), start + 16)))
@@ -88,28 +87,26 @@ CONFIGS = [
 
 @st.composite
 def changed(draw, config: Config) -> dict:
-    """The JSON of ``config`` with up to three values, or whole parts, replaced."""
-    told = json.loads(json.dumps(fields.to_json(config)))
+    """Draw the JSON of ``config`` with up to three values or nested objects replaced."""
+    tree = json.loads(json.dumps(fields.to_json(config)))
     for _ in range(draw(st.integers(1, 3))):
-        part = told
+        node = tree
         while True:
-            name = draw(st.sampled_from(sorted(part)))
-            if not (isinstance(part[name], dict) and part[name] and draw(st.booleans())):
+            name = draw(st.sampled_from(sorted(node)))
+            if not (isinstance(node[name], dict) and node[name] and draw(st.booleans())):
                 break
-            part = part[name]
-        part[name] = draw(values)
-        if not isinstance(told, dict):
-            break
-    return told
+            node = node[name]
+        node[name] = draw(values)
+    return tree
 
 
 @cases(150)
 def test_configs(count, digits):
     mesh = parallel.make_mesh(1)
 
-    def check(told):
-        config = fields.from_json(told, Config)
-        runs.check(runs.order.resolve(config, 1257), digits, mesh, "jit")
+    def check(tree):
+        config = fields.from_json(tree, Config)
+        runs.check(runs.order.resolve_length(config, 1257), digits, mesh, "jit")
 
     try_all(count, st.sampled_from(CONFIGS).flatmap(changed), check)
 
@@ -148,7 +145,6 @@ def test_idx_files(count, tmp_path):
 
 @cases(100)
 def test_data_sets_of_four_files(count, tmp_path):
-    """Sizes and labels that do not fit together, and validation images that are too many."""
     names = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 
     def check(case):
@@ -158,28 +154,22 @@ def test_data_sets_of_four_files(count, tmp_path):
         data = fm.load_data(Data(name="idx", validation=validation), tmp_path)
         assert len(data.train.images) == len(data.train.labels)
 
-    whole = [LABELS, IMAGES, gzip.compress(IMAGES)]
-    file = st.sampled_from(whole) | damaged(whole)
-    fitting = st.tuples(*(st.just(each) | file for each in (IMAGES, LABELS, IMAGES, LABELS)))
-    try_all(count, st.tuples(fitting, st.none() | st.integers(0, 20)), check)
+    intact = [LABELS, IMAGES, gzip.compress(IMAGES)]
+    file = st.sampled_from(intact) | damaged(intact)
+    files = st.tuples(*(st.just(content) | file for content in (IMAGES, LABELS, IMAGES, LABELS)))
+    try_all(count, st.tuples(files, st.none() | st.integers(0, 20)), check)
 
 
 def pictures() -> list[bytes]:
-    """A digit in several formats, and a picture of a hundred million pixels in a few bytes."""
+    """Return a digit in several formats, and a picture of 100 million pixels in a few bytes."""
     digit = Image.fromarray((np.eye(40) * 200).astype(np.uint8)).resize((60, 80))
-    found = []
-    for kind, picture in {
-        "PNG": digit,
-        "GIF": digit,
-        "BMP": digit,
-        "WEBP": digit,
-        "TIFF": digit.convert("F"),
-        "JPEG": digit.convert("RGB"),
-    }.items():
-        picture.save(file := io.BytesIO(), kind)
-        found.append(file.getvalue())
-    Image.new("1", (20_000, 5_000)).save(file := io.BytesIO(), "PNG")
-    return [*found, file.getvalue()]
+    formats = dict.fromkeys(("PNG", "GIF", "BMP", "WEBP"), digit)
+    formats |= {"TIFF": digit.convert("F"), "JPEG": digit.convert("RGB")}
+    contents = []
+    for name, picture in [*formats.items(), ("PNG", Image.new("1", (20_000, 5_000)))]:
+        picture.save(file := io.BytesIO(), name)
+        contents.append(file.getvalue())
+    return contents
 
 
 @cases(120)
@@ -196,25 +186,28 @@ def test_pictures(count, tmp_path):
 # --- Run folders ----------------------------------------------------------------------------------------------------
 
 
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return the content of each file in ``folder`` by its relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @cases(15)
 def test_run_folders(count, few, tmp_path):
-    """Any file of a run damaged or replaced: it is loaded and gone on with, or refused."""
+    """With any file damaged or replaced, a run can be loaded and resumed, or is refused."""
     config = small(steps=4, checkpoint_every=2)
-    fm.fit(config, few, tmp_path / "whole", devices=1)
-    (tmp_path / "whole/result.json").rename(tmp_path / "result.json")
-    names = sorted(str(p.relative_to(tmp_path / "whole")) for p in (tmp_path / "whole").rglob("*") if p.is_file())
-    contents = {name: (tmp_path / "whole" / name).read_bytes() for name in names}
-    contents["result.json"] = (tmp_path / "result.json").read_bytes()
+    fm.fit(config, few, tmp_path / "intact", devices=1)
+    contents = read_files(tmp_path / "intact")
+    (tmp_path / "intact/result.json").unlink()
     json_text = values.map(lambda value: json.dumps(value).encode())
     case = st.sampled_from(sorted(contents)).flatmap(
         lambda name: st.tuples(st.just(name), damaged([contents[name], b"[" * 100_000]) | json_text)
     )
-    trials = iter(range(count * 10))
+    numbers = iter(range(count * 10))
 
     def check(case):
         name, content = case
-        folder = tmp_path / f"{next(trials)}"
-        shutil.copytree(tmp_path / "whole", folder)
+        folder = tmp_path / f"{next(numbers)}"
+        shutil.copytree(tmp_path / "intact", folder)
         (folder / name).write_bytes(content)
         try:
             with contextlib.suppress(UserError):
@@ -233,15 +226,14 @@ def test_sweep_folders(count, few, tmp_path):
     def sweep(folder, **options):
         return sweeps.run([(small(steps=2), few)], [0, 1], [{}], devices=1, workdir=folder, **options)
 
-    sweep(tmp_path / "whole")
-    names = sorted(str(p.relative_to(tmp_path / "whole")) for p in (tmp_path / "whole").rglob("*") if p.is_file())
-    contents = {name: (tmp_path / "whole" / name).read_bytes() for name in names}
-    trials = iter(range(count * 10))
+    sweep(tmp_path / "intact")
+    contents = read_files(tmp_path / "intact")
+    numbers = iter(range(count * 10))
 
     def check(case):
         name, content = case
-        folder = tmp_path / f"{next(trials)}"
-        shutil.copytree(tmp_path / "whole", folder)
+        folder = tmp_path / f"{next(numbers)}"
+        shutil.copytree(tmp_path / "intact", folder)
         (folder / name).write_bytes(content)
         try:
             with contextlib.suppress(UserError):
@@ -250,7 +242,7 @@ def test_sweep_folders(count, few, tmp_path):
         finally:
             shutil.rmtree(folder)
 
-    case = st.sampled_from(names).flatmap(
+    case = st.sampled_from(sorted(contents)).flatmap(
         lambda name: st.tuples(st.just(name), damaged([contents[name], b"[1]", b"{}"]))
     )
     try_all(count, case, check)
@@ -278,25 +270,8 @@ OPTIONS = {
     "benchmark": [*SHARED, "--json", "--peer", "--plot"],
 }
 WORDS = [
-    *(
-        "0",
-        "-1",
-        "1",
-        "2",
-        "nan",
-        "inf",
-        "1e999",
-        "",
-        "None",
-        "True",
-        "x",
-        "digits",
-        "idx",
-        "run",
-        "new",
-        "tiny.py",
-        ".",
-    ),
+    *("0", "-1", "1", "2", "nan", "inf", "1e999", "", "None", "True", "x", "digits", "idx", "run", "new", "tiny.py"),
+    ".",
     *("/dev/null", "/proc/none", "∞", "9" * 30, "model.hidden=3", "optimizer.learning-rate=1,nan", "seed=1", "=", "--"),
     *("optimizer.learning_rate=1..2,log", "model=1", "digit.png", "((((", "\udcff", "a" * 300, "jit", "pmap", "test"),
 ]
@@ -312,17 +287,16 @@ def test_command_lines(count, tmp_path, monkeypatch, few):
     first = {"train": "tiny.py", "sweep": "tiny.py", "benchmark": "nothing"}
 
     def check(case):
-        name, rest = case
+        name, options = case
         errors = io.StringIO()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
-            code = commands[name]([first.get(name, "run"), *rest])
+            code = commands[name]([first.get(name, "run"), *options])
         assert code in (0, 2, 3, 4, Stopped.exit_code), errors.getvalue()
-        assert code != 2 or errors.getvalue().strip(), (name, rest)
+        assert code != 2 or errors.getvalue().strip(), (name, options)
 
     case = st.sampled_from(sorted(OPTIONS)).flatmap(
         lambda name: st.tuples(
-            st.just(name),
-            st.lists(st.sampled_from(OPTIONS[name]) | st.sampled_from(WORDS), max_size=5),
+            st.just(name), st.lists(st.sampled_from(OPTIONS[name]) | st.sampled_from(WORDS), max_size=5)
         )
     )
     try_all(count, case, check)

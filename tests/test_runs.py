@@ -1,4 +1,4 @@
-"""Whole runs on a few digits: what they record and keep, and how they go on."""
+"""Complete runs on a few digits: records, files, resuming, divergence and early stopping."""
 
 import json
 import threading
@@ -17,7 +17,7 @@ from flaxmnist.errors import Diverged, Stopped, UserError
 
 
 def fit(config, data, *arguments, **options):
-    """A run on one device, of the eight that the tests see."""
+    """Train on one of the eight devices of the test process."""
     return fm.fit(config, data, *arguments, devices=1, **options)
 
 
@@ -26,16 +26,16 @@ def slow(*values):
 
 
 def stop_at(monkeypatch, step: int) -> threading.Event:
-    """A signal that comes while the chunk that ends at ``step`` is computed."""
+    """Return an event that is set during the chunk that ends at ``step``."""
     stop, call = threading.Event(), program.Program.__call__
 
-    def calling(compiled, state, start, count):
+    def stopping(compiled, state, start, count):
         if start + count == step:
             stop.set()
         return call(compiled, state, start, count)
 
-    monkeypatch.setattr(program.Program, "__call__", calling)
-    monkeypatch.setattr(program, "LONGEST", 1)
+    monkeypatch.setattr(program.Program, "__call__", stopping)
+    monkeypatch.setattr(program, "MAX_STEPS", 1)
     return stop
 
 
@@ -43,7 +43,7 @@ def records(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_without_a_folder_touches_no_disk(few, tmp_path, monkeypatch):
+def test_run_without_folder_writes_nothing(few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = fit(small(), few)
     assert not list(tmp_path.iterdir())
@@ -53,7 +53,7 @@ def test_a_run_without_a_folder_touches_no_disk(few, tmp_path, monkeypatch):
     assert (classes == few.test.labels).mean() == run.result["test_accuracy"]
 
 
-def test_the_run_folder(few, tmp_path):
+def test_run_folder_contents(few, tmp_path):
     run = fit(small(evaluate_every=10, log_every=8), few, tmp_path / "run")
     config, result = (json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "result.json"))
     assert config["config"]["optimizer"]["kind"] == "SGD"
@@ -80,7 +80,7 @@ def test_the_run_folder(few, tmp_path):
 
 
 @pytest.mark.parametrize(("devices", "backend"), [(1, "jit"), slow(8, "jit"), slow(8, "pmap")])
-def test_equal_runs_have_equal_files_and_parameters(devices, backend, few, tmp_path):
+def test_equal_runs_have_identical_records_and_parameters(devices, backend, few, tmp_path):
     options = {"devices": devices, "backend": backend}
     one, other = (fm.fit(small("cnn", optimizer=Adam()), few, tmp_path / name, **options) for name in "ab")
     assert_same(one.state, other.state)
@@ -113,59 +113,59 @@ RESUMABLE = {
 @pytest.mark.parametrize(
     ("name", "stop"), [("softmax", 5), ("softmax", 7), slow("mlp", 5), ("mlp", 7), slow("cnn", 5), slow("cnn", 7)]
 )
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, stop, few, tmp_path, monkeypatch):
+def test_resumed_run_is_bitwise_identical(name, stop, few, tmp_path, monkeypatch):
     config = RESUMABLE[name]
-    whole = fit(config, few, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="--resume goes on"):
-        fit(config, few, tmp_path / "cut", stop=stop_at(patch, stop))
-    assert [path.name for path in (tmp_path / "cut/checkpoints").iterdir() if int(path.name) > stop] == []
-    resumed = fit(config, few, tmp_path / "cut", resume=True)
-    assert_same(whole.state, resumed.state)
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "cut/metrics.jsonl").read_bytes()
-    assert whole.result["params_sha256"] == resumed.result["params_sha256"]
+    full = fit(config, few, tmp_path / "full")
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="--resume continues"):
+        fit(config, few, tmp_path / "stopped", stop=stop_at(patch, stop))
+    assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir() if int(path.name) > stop] == []
+    resumed = fit(config, few, tmp_path / "stopped", resume=True)
+    assert_same(full.state, resumed.state)
+    assert (tmp_path / "full/metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
+    assert full.result["params_sha256"] == resumed.result["params_sha256"]
 
 
-@pytest.mark.parametrize("moment", ["before the first step", "while looking at a batch"])
-def test_a_signal_between_chunks_leaves_no_record_twice(moment, few, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["before the first step", "during a batch report"])
+def test_signal_between_chunks_does_not_duplicate_records(moment, few, tmp_path, monkeypatch):
     config = small(report="batch_accuracy", log_every=3, evaluate_every=6)
-    whole = fit(config, few, tmp_path / "whole")
+    full = fit(config, few, tmp_path / "full")
     stop = threading.Event()
     if moment == "before the first step":
         stop.set()
-    look = runs.Loop.look_at_batch
+    report_batch = runs.Loop.report_batch
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Loop, "look_at_batch", lambda loop: look(loop) or (loop.step == 6 and stop.set()))
-        patch.setattr(program, "LONGEST", 1)
+        patch.setattr(runs.Loop, "report_batch", lambda loop: report_batch(loop) or (loop.step == 6 and stop.set()))
+        patch.setattr(program, "MAX_STEPS", 1)
         with pytest.raises(Stopped):
-            fit(config, few, tmp_path / "cut", stop=stop)
-    resumed = fit(config, few, tmp_path / "cut", resume=True)
-    assert_same(whole.state, resumed.state)
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "cut/metrics.jsonl").read_bytes()
+            fit(config, few, tmp_path / "stopped", stop=stop)
+    resumed = fit(config, few, tmp_path / "stopped", resume=True)
+    assert_same(full.state, resumed.state)
+    assert (tmp_path / "full/metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
 
 
-def test_records_after_the_checkpoint_are_written_again(few, tmp_path, monkeypatch):
-    """As after a kill: the newest checkpoint lies behind the records."""
+def test_records_newer_than_the_checkpoint_are_replaced(few, tmp_path, monkeypatch):
+    """Simulate a kill after records were written that are newer than the last checkpoint."""
     config = small(checkpoint_every=5, steps=12)
-    whole = fit(config, few, tmp_path / "whole")
+    full = fit(config, few, tmp_path / "full")
 
-    def killed(loop, split, images):
+    def interrupt(loop, split, images):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Loop, "evaluate", killed)
+        patch.setattr(runs.Loop, "evaluate", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            fit(config, few, tmp_path / "cut")
-    assert len(records(tmp_path / "cut")) > 5
-    resumed = fit(config, few, tmp_path / "cut", resume=True)
-    assert_same(whole.state, resumed.state)
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "cut/metrics.jsonl").read_bytes()
+            fit(config, few, tmp_path / "killed")
+    assert len(records(tmp_path / "killed")) > 5
+    resumed = fit(config, few, tmp_path / "killed", resume=True)
+    assert_same(full.state, resumed.state)
+    assert (tmp_path / "full/metrics.jsonl").read_bytes() == (tmp_path / "killed/metrics.jsonl").read_bytes()
 
 
-def test_resuming_where_nothing_lies_begins_at_the_beginning(few, tmp_path):
+def test_resume_in_an_empty_folder_starts_from_scratch(few, tmp_path):
     assert fit(small(), few, tmp_path / "new", resume=True).result["steps"] == 20
 
 
-def test_resuming_a_finished_run_repeats_its_result(few, tmp_path):
+def test_resume_of_a_finished_run_returns_its_result(few, tmp_path):
     first = fit(small(), few, tmp_path / "run")
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
     again = fit(small(), few, tmp_path / "run", resume=True)
@@ -174,28 +174,28 @@ def test_resuming_a_finished_run_repeats_its_result(few, tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
-def test_a_finished_run_can_be_made_longer_but_not_shorter(few, tmp_path):
+def test_finished_run_can_be_extended_but_not_shortened(few, tmp_path):
     fit(small(steps=7), few, tmp_path / "run")
     longer = fit(small(steps=20), few, tmp_path / "run", resume=True)
     assert_same(longer.state, fit(small(steps=20), few).state)
     assert [record["step"] for record in longer.history if record["split"] == "train"] == list(range(20))
-    with pytest.raises(UserError, match="has 20 steps already"):
+    with pytest.raises(UserError, match="already has 20 steps"):
         fit(small(steps=19), few, tmp_path / "run", resume=True)
 
 
-def test_a_used_folder_needs_resume_or_overwrite(few, tmp_path):
+def test_nonempty_folder_needs_resume_or_overwrite(few, tmp_path):
     fit(small(), few, tmp_path)
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("keep")
     (tmp_path / "export").mkdir()
     with pytest.raises(UserError, match=r"--resume .* --overwrite"):
         fit(small(), few, tmp_path)
     fit(replace(small(), seed=1), few, tmp_path, overwrite=True)
     assert json.loads((tmp_path / "result.json").read_text())["seed"] == 1
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert not (tmp_path / "export").exists(), "of the run before"
+    assert (tmp_path / "notes.txt").read_text() == "keep"
+    assert not (tmp_path / "export").exists(), "it belonged to the overwritten run"
 
 
-def test_a_changed_config_is_refused_by_the_names_of_its_fields(few, tmp_path):
+def test_resume_with_changed_config_names_the_fields(few, tmp_path):
     fit(small(steps=7), few, tmp_path)
     changed = replace(small(steps=9, batch_size=8, log_every=3), seed=3)
     with pytest.raises(UserError, match=r"seed \(0 before, 3 now\), train.batch_size \(16 before, 8 now\); "):
@@ -203,64 +203,62 @@ def test_a_changed_config_is_refused_by_the_names_of_its_fields(few, tmp_path):
     assert fit(changed, few, tmp_path, resume=True, allow_config_change=True).result["steps"] == 9
 
 
-IMPOSSIBLE = {
+INVALID = {
     "no pixel left": small(CNN(features=(2, 2, 2), padding="VALID")),
     "leaves no batch": small(batch_size=80, data=Data(name="digits", last_batch="drop")),
 }
 
 
-@pytest.mark.parametrize("message", IMPOSSIBLE)
-def test_nothing_is_lost_to_a_run_that_cannot_begin(message, few, tmp_path):
+@pytest.mark.parametrize("message", INVALID)
+def test_run_that_cannot_start_deletes_nothing(message, few, tmp_path):
     first = fit(small(), few, tmp_path)
     for options in ({"overwrite": True}, {"resume": True, "allow_config_change": True}):
         with pytest.raises(UserError, match=message):
-            fit(IMPOSSIBLE[message], few, tmp_path, **options)
+            fit(INVALID[message], few, tmp_path, **options)
     assert fit(small(), few, tmp_path, resume=True).result == first.result
 
 
-def test_a_resume_that_does_not_fit_changes_nothing(few, tmp_path):
+def test_resume_with_another_model_writes_nothing(few, tmp_path):
     fit(small(steps=7), few, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")}
-    with pytest.raises(UserError, match="is of another model"):
+    with pytest.raises(UserError, match="belongs to another model"):
         fit(small("mlp", steps=9), few, tmp_path, resume=True, allow_config_change=True)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")} == before
 
 
-def test_overwrite_leaves_alone_what_is_no_run(few, tmp_path):
+def test_overwrite_refuses_other_folders(few, tmp_path):
     (tmp_path / "plots").mkdir()
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is no run folder"):
+    (tmp_path / "notes.txt").write_text("keep")
+    with pytest.raises(UserError, match="is not a run folder"):
         fit(small(), few, tmp_path, overwrite=True)
     assert (tmp_path / "plots").exists()
 
 
-def test_a_run_is_not_evaluated_on_other_data(few, digits, tmp_path):
+def test_run_is_evaluated_only_on_its_data_set(few, digits, tmp_path):
     fit(replace(small(), data=Data(name="mnist")), few, tmp_path)
-    assert trained.evaluate_run(tmp_path).count == len(digits.test.labels), (
-        "the data it saw, not those its config names"
-    )
+    assert trained.evaluate_run(tmp_path).count == len(digits.test.labels), "not the data set named in the config"
     config = json.loads((tmp_path / "config.json").read_text())
     config["data"]["source"] = "elsewhere"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="was trained on elsewhere with 10 classes, but here are scikit-learn"):
+    with pytest.raises(UserError, match="was trained on elsewhere with 10 classes, but this data set is scikit-learn"):
         trained.evaluate_run(tmp_path)
 
 
-def test_weights_that_end_infinite_are_a_divergence(few, tmp_path):
-    """Though every loss that a step saw was finite."""
+def test_infinite_final_weights_raise_diverged(few, tmp_path):
+    """Every recorded loss is finite, because the last update is the first to overflow."""
     config = small(optimizer=SGD(learning_rate=3e38), steps=1)
     for folder in (None, tmp_path):
         with pytest.raises(Diverged, match="after step 1"):
             fit(config, few, folder)
 
 
-def test_a_machine_without_git(few, tmp_path, monkeypatch):
+def test_run_without_git(few, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     fit(small(), few, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["git_commit"] is None
 
 
-def test_checkpoints_kept_are_the_newest_and_the_best(few, tmp_path):
+def test_newest_and_best_checkpoints_are_kept(few, tmp_path):
     run = fit(small(evaluate_every=2, checkpoint_every=2, keep=2), few, tmp_path)
     accuracies = {r["step"]: r["accuracy"] for r in run.history if r["split"] == "validation"}
     kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
@@ -270,13 +268,13 @@ def test_checkpoints_kept_are_the_newest_and_the_best(few, tmp_path):
     assert len(kept) <= 3
 
 
-def test_weights_load_from_the_run_folder_alone(few, tmp_path):
+def test_run_loads_from_its_folder(few, tmp_path):
     run = fit(small("cnn", evaluate_every=10, checkpoint_every=10), few, tmp_path)
     loaded = fm.load_run(tmp_path)
     assert loaded.config == run.config
     assert_same(loaded.state, run.state)
     assert fm.load_run(tmp_path, "10").state.step == 10
-    with pytest.raises(UserError, match=r"no checkpoint 11: give latest, best or one of \[10, 20\]"):
+    with pytest.raises(UserError, match=r"no checkpoint 11: use latest, best or one of \[10, 20\]"):
         fm.load_run(tmp_path, "11")
 
 
@@ -286,95 +284,95 @@ def test_best_needs_validation_images(few, tmp_path):
         fm.load_run(tmp_path, "best")
 
 
-def test_one_training_program_however_the_events_fall(few, tmp_path, monkeypatch):
-    traced = []
+def test_training_is_compiled_once(few, tmp_path, monkeypatch):
+    traces = []
     original = program.steps.train_steps
-    monkeypatch.setattr(program.steps, "train_steps", lambda *a, **k: traced.append(1) or original(*a, **k))
+    monkeypatch.setattr(program.steps, "train_steps", lambda *a, **k: traces.append(1) or original(*a, **k))
     fit(small(evaluate_every=7, checkpoint_every=3, log_every=2, report="batch_accuracy"), few, tmp_path)
-    assert len(traced) == 1
+    assert len(traces) == 1
 
 
-def test_divergence_is_told_with_its_step_and_what_is_left(few, tmp_path):
-    written_out = Objective(labels="one_hot", form="probabilities")
-    config = replace(small(optimizer=SGD(learning_rate=1e3), checkpoint_every=1, keep=1), objective=written_out)
+def test_divergence_message_names_step_and_checkpoint(few, tmp_path):
+    unstable = Objective(labels="one_hot", form="probabilities")
+    config = replace(small(optimizer=SGD(learning_rate=1e3), checkpoint_every=1, keep=1), objective=unstable)
     with pytest.raises(
         Diverged, match=r"the loss at step (\d+) is (inf|nan): training diverged, the checkpoint"
-    ) as ended:
+    ) as error:
         fit(config, few, tmp_path)
-    (kept,) = (tmp_path / "checkpoints").iterdir()
-    assert f"the checkpoint at step {kept.name} is kept" in str(ended.value)
-    loaded = fm.load_run(tmp_path, kept.name)
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert f"the checkpoint at step {checkpoint.name} is kept" in str(error.value)
+    loaded = fm.load_run(tmp_path, checkpoint.name)
     assert np.isfinite(fm.evaluate(loaded.model, *few.train).loss)
 
 
 @pytest.fixture
-def spoilt(monkeypatch):
-    """Makes the gradients of some steps NaN, and leaves their losses as they are."""
+def make_nan_gradients(monkeypatch):
+    """Return a function that makes the gradients, but not the losses, of the given steps NaN."""
 
-    def spoil(*bad: int) -> None:
-        honest = program.steps.train_logits
+    def patch(*steps: int) -> None:
+        original = program.steps.train_logits
 
-        def logits(config, graphdef, params, images, step, **options):
-            poison = jnp.where(jnp.isin(step, jnp.array(bad)), jnp.nan, 1.0)
-            return spoil_gradient(honest(config, graphdef, params, images, step, **options), poison)
+        def train_logits(config, graphdef, params, images, step, **options):
+            factor = jnp.where(jnp.isin(step, jnp.array(steps)), jnp.nan, 1.0)
+            return scale_gradient(original(config, graphdef, params, images, step, **options), factor)
 
-        monkeypatch.setattr(program.steps, "train_logits", logits)
+        monkeypatch.setattr(program.steps, "train_logits", train_logits)
 
-    return spoil
+    return patch
 
 
 @jax.custom_vjp
-def spoil_gradient(x, factor):
+def scale_gradient(x, factor):
     return x
 
 
-spoil_gradient.defvjp(lambda x, factor: (x, factor), lambda factor, g: (g * factor, None))
+scale_gradient.defvjp(lambda x, factor: (x, factor), lambda factor, g: (g * factor, None))
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run(few, spoilt):
-    spoilt(7)
+def test_nonfinite_gradient_raises_diverged(few, make_nan_gradients):
+    make_nan_gradients(7)
     with pytest.raises(Diverged, match="the gradient norm at step 7 is nan: training diverged"):
         fit(small(), few)
 
 
-def test_steps_that_are_not_finite_can_be_left_out(few, spoilt, tmp_path, monkeypatch):
-    """Also where the run is stopped among them: the count goes on."""
+def test_nonfinite_steps_can_be_skipped(few, make_nan_gradients, tmp_path, monkeypatch):
+    """The count of skipped steps continues if the run is stopped and resumed between them."""
     config = small("mlp", optimizer=Adam(), skip_nonfinite=2, ema_decay=0.9)
-    spoilt(3, 4, 9)
-    whole = fit(config, few, tmp_path / "whole")
-    assert np.isfinite(fm.evaluate(whole.model, *few.test).loss)
-    skipped = [(record["step"], record["count"]) for record in whole.history if record["split"] == "skipped"]
+    make_nan_gradients(3, 4, 9)
+    full = fit(config, few, tmp_path / "full")
+    assert np.isfinite(fm.evaluate(full.model, *few.test).loss)
+    skipped = [(record["step"], record["count"]) for record in full.history if record["split"] == "skipped"]
     assert skipped == [(3, 1), (4, 2), (9, 3)]
-    trained = [record["step"] for record in whole.history if record["split"] == "train"]
+    trained = [record["step"] for record in full.history if record["split"] == "train"]
     assert trained == [step for step in range(20) if step not in (3, 4, 9)]
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        fit(config, few, tmp_path / "cut", stop=stop_at(patch, 4))
-    assert_same(fit(config, few, tmp_path / "cut", resume=True).state, whole.state)
-    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+        fit(config, few, tmp_path / "stopped", stop=stop_at(patch, 4))
+    assert_same(fit(config, few, tmp_path / "stopped", resume=True).state, full.state)
+    assert (tmp_path / "stopped/metrics.jsonl").read_bytes() == (tmp_path / "full/metrics.jsonl").read_bytes()
 
 
-def test_a_step_that_is_left_out_changes_nothing(few, spoilt):
+def test_skipped_step_changes_nothing(few, make_nan_gradients):
     config = small("mlp", optimizer=Adam(), skip_nonfinite=1)
     before = fit(replace(config, train=replace(config.train, steps=19)), few)
-    spoilt(19)
+    make_nan_gradients(19)
     after = fit(config, few)
     assert_same((after.state.params, after.state.opt_state), (before.state.params, before.state.opt_state))
 
 
-@pytest.mark.parametrize("cut", [None, 4])
-def test_too_many_in_a_row_end_the_run(cut, few, spoilt, tmp_path, monkeypatch):
-    spoilt(3, 4, 5)
+@pytest.mark.parametrize("stop", [None, 4])
+def test_too_many_consecutive_skipped_steps_raise_diverged(stop, few, make_nan_gradients, tmp_path, monkeypatch):
+    make_nan_gradients(3, 4, 5)
     config = small(skip_nonfinite=2)
-    if cut:
+    if stop:
         with monkeypatch.context() as patch, pytest.raises(Stopped):
-            fit(config, few, tmp_path, stop=stop_at(patch, cut))
-    with pytest.raises(Diverged, match="the gradient norm at step 5 is nan, after 2 steps in a row were left out"):
+            fit(config, few, tmp_path, stop=stop_at(patch, stop))
+    with pytest.raises(Diverged, match="the gradient norm at step 5 is nan, after 2 steps in a row were skipped"):
         fit(config, few, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(("field", "value", "steps"), [("stop_accuracy", 0.1, 4), ("patience", 2, None)])
 def test_early_stopping(field, value, steps, few):
-    # A rate this small changes no answer, so that no evaluation is better than the first.
+    # A learning rate this small changes no prediction, so no evaluation is better than the first.
     config = small(
         optimizer=SGD(learning_rate=1e-9 if field == "patience" else 0.1), evaluate_every=4, **{field: value}
     )
@@ -402,31 +400,31 @@ def test_console_lines(report, few, caplog):
     assert re.search(REPORTS[report], caplog.text), caplog.text
 
 
-def test_probabilities_are_those_of_the_step_that_follows(few):
-    """With dropout on: the loss of the batch computed from them is the step's own."""
+def test_probabilities_match_the_next_step(few):
+    """The loss computed from the probabilities equals the loss of the step, also with dropout."""
     config = replace(small("mlp", report="probabilities", log_every=4), model=replace(MODELS["mlp"], dropout=0.5))
     run = fit(config, few)
-    seen = {(r["step"], r["split"]): r for r in run.history}
-    order = runs.order.batch_indices(run.config, 70, 4, 5)[0]
-    probabilities = np.array(seen[4, "batch"]["probabilities"])
-    assert probabilities.shape == (6 if -1 in order else 16, 10)
-    labels = few.train.labels[order[order >= 0]]
+    by_step = {(record["step"], record["split"]): record for record in run.history}
+    indices = runs.order.batch_indices(run.config, 70, 4, 5)[0]
+    probabilities = np.array(by_step[4, "batch"]["probabilities"])
+    assert probabilities.shape == (6 if -1 in indices else 16, 10)
+    labels = few.train.labels[indices[indices >= 0]]
     loss = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
-    assert loss == pytest.approx(seen[4, "train"]["loss"], rel=1e-3)
+    assert loss == pytest.approx(by_step[4, "train"]["loss"], rel=1e-3)
 
 
-def test_a_trace_of_steady_steps(few, tmp_path):
+def test_profile_writes_a_trace(few, tmp_path):
     fit(small(steps=30), few, profile=tmp_path / "trace")
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
 def test_file_order_needs_the_original_files(few):
-    prepared = replace(few, file_order=False, source="array_record")
-    with pytest.raises(UserError, match="original files"):
-        fit(small(data=Data(name="digits", order="file")), prepared)
+    array_record = replace(few, file_order=False, source="array_record")
+    with pytest.raises(UserError, match="needs the original files, not array_record: use"):
+        fit(small(data=Data(name="digits", order="file")), array_record)
 
 
-def test_time_is_told_by_what_it_was_spent_on(few):
+def test_seconds_by_kind_of_work(few):
     clock = logs.Clock()
     with clock("import"):
         pass

@@ -1,4 +1,4 @@
-"""Being told to stop, at any time."""
+"""Signals stop a run at any time."""
 
 import os
 import re
@@ -29,57 +29,57 @@ import hashlib
 from flaxmnist import signals
 with signals.stop_on_signals({grace}):
     print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # minutes in which no handler of Python's runs
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # takes minutes, without running Python's signal handlers
 """
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
-def test_a_signal_sets_the_event_and_what_was_handled_before_is_handled_again(number):
-    before = [signal.getsignal(each) for each in signals.SIGNALS]
+def test_a_signal_sets_the_event_and_the_previous_handlers_are_restored(number):
+    handlers = [signal.getsignal(other) for other in signals.SIGNALS]
     with signals.stop_on_signals() as stop:
         assert not stop.is_set()
         signal.raise_signal(number)
         assert stop.wait(5)
-    assert [signal.getsignal(each) for each in signals.SIGNALS] == before
-    assert "watch" not in {thread.name for thread in threading.enumerate()}
+    assert [signal.getsignal(other) for other in signals.SIGNALS] == handlers
+    assert not any("watch" in thread.name for thread in threading.enumerate())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("grace", "count", "told"),
-    [(2, 1, "the run did not stop within 2 s of a signal"), (600, 2, "ended by a second signal")],
+    ("grace", "count", "message"),
+    [(2, 1, "the run did not stop within 2 s of a signal"), (600, 2, "stopped by a second signal")],
 )
-def test_it_ends_though_the_main_thread_is_busy(grace, count, told):
+def test_a_process_exits_while_its_main_thread_is_busy(grace, count, message):
     with subprocess.Popen(
         [sys.executable, "-c", BUSY.format(grace=grace)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         process.stdout.readline()
-        began = time.monotonic()
+        start = time.monotonic()
         for _ in range(count):
             process.send_signal(signal.SIGTERM)
-            process.send_signal(signal.SIGTERM)  # as `timeout` does: one signal all the same
+            process.send_signal(signal.SIGTERM)  # `timeout` does this too; it counts as one signal
             time.sleep(1.2)
         _, errors = process.communicate(timeout=60)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - start < 10
     assert process.returncode == 75
-    assert errors == f"flaxmnist: {told}; --resume goes on\n"
+    assert errors == f"flaxmnist: {message}; --resume continues\n"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", signals.SIGNALS)
-@pytest.mark.parametrize("moment", [0.5, 1.0, 1.5, 2.0, 3.0, 6.0])
-def test_a_run_ends_with_75_at_any_time(number, moment, tmp_path):
-    """While Python imports, while data are read, while it compiles, trains and saves."""
+@pytest.mark.parametrize("delay", [0.5, 1.0, 1.5, 2.0, 3.0, 6.0])
+def test_a_run_exits_with_75_at_any_time(number, delay, tmp_path):
+    """While it imports modules, loads data, compiles, trains or saves."""
     (tmp_path / "small.py").write_text(SMALL)
     command = [sys.executable, ROOT / "launch/train.py", tmp_path / "small.py", "--workdir", tmp_path / "run"]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        time.sleep(moment)
-        began = time.monotonic()
+        time.sleep(delay)
+        start = time.monotonic()
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - start < 30
     assert process.returncode == 75, errors
     assert "Traceback" not in errors
-    if stopped := re.search(r"stopped at step (\d+) of 1000000; --resume goes on", errors):
+    if stopped := re.search(r"stopped at step (\d+) of 1000000; --resume continues", errors):
         assert (tmp_path / "run/checkpoints" / stopped[1]).is_dir()

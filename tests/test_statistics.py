@@ -6,8 +6,8 @@ import pytest
 from flaxmnist import evaluation, statistics
 
 
-def test_a_summary_by_hand():
-    """Student's t for 3 degrees of freedom is 3.182 at 97.5 %."""
+def test_summary_by_hand():
+    """The 97.5 % quantile of Student's t with 3 degrees of freedom is 3.182."""
     summary = statistics.summarise([1.0, 2.0, 3.0, 4.0])
     deviation = (5 / 3) ** 0.5
     assert summary["n"] == 4
@@ -22,10 +22,10 @@ def test_too_few_values_have_no_spread():
     assert statistics.summarise([0.5])["std"] is None
 
 
-def test_a_comparison_pairs_the_seeds():
-    """Differences −1, −2, −3 of the common seeds: t = −2 / (1 / √3)."""
-    ours, theirs = {0: 5.0, 1: 6.0, 2: 7.0, 9: 0.0}, {2: 4.0, 1: 4.0, 0: 4.0, 8: 1.0}
-    comparison = statistics.compare(ours, theirs)
+def test_comparison_pairs_seeds():
+    """The differences at common seeds are −1, −2, −3, so t = −2 / (1 / √3)."""
+    reference, other = {0: 5.0, 1: 6.0, 2: 7.0, 9: 0.0}, {2: 4.0, 1: 4.0, 0: 4.0, 8: 1.0}
+    comparison = statistics.compare(reference, other)
     assert comparison["n"] == 3
     assert comparison["mean"] == -2
     assert comparison["p_value"] == pytest.approx(0.0742, abs=1e-4)
@@ -34,7 +34,7 @@ def test_a_comparison_pairs_the_seeds():
 
 
 def test_calibration_error_by_hand():
-    """Two answers at 0.9, one right: off by 0.4; two at 0.6, both right: off by 0.4."""
+    """Two predictions at 0.9, one of them correct, and two at 0.6, both correct: each pair is off by 0.4."""
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
     assert evaluation.reliability(probabilities, np.array([0, 1, 1, 1], np.int32)).error() == pytest.approx(0.4)
     assert evaluation.reliability(np.eye(3), np.arange(3, dtype=np.int32)).error() == 0

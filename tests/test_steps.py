@@ -1,4 +1,4 @@
-"""The step and the program of many steps, as pure functions."""
+"""One step, and the program of many steps, as pure functions."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,30 +15,30 @@ from flaxmnist.config import SGD, Adam, Augment, Config, Data, Objective
 from flaxmnist.state import Batch, Metrics, TrainState
 
 
-def batch_of(data, size: int, filled: int = 0) -> Batch:
-    """The first training images, and behind them as many fillings of weight 0."""
-    indices = jnp.concatenate([jnp.arange(size), jnp.full(filled, -1)]).astype(jnp.int32)
+def make_batch(data, size: int, padding: int = 0) -> Batch:
+    """Return the first ``size`` training images, followed by ``padding`` images of weight 0."""
+    indices = jnp.concatenate([jnp.arange(size), jnp.full(padding, -1)]).astype(jnp.int32)
     return steps.take_batch(*map(jnp.asarray, data.train), indices)
 
 
-def run(config: Config, data, cuts: list[int], capacity: int) -> tuple[TrainState, list[Metrics]]:
-    """The state after the stretches that ``cuts`` end, and the metrics of each."""
+def run(config: Config, data, stops: list[int], capacity: int) -> tuple[TrainState, list[Metrics]]:
+    """Train in chunks that end at the steps ``stops``; return the final state and the metrics of each chunk."""
     images, labels = map(jnp.asarray, data.train)
     program = jax.jit(partial(steps.train_steps, config))
-    state, seen = steps.create_state(config, (28, 28), 10), []
-    for start, stop in zip([0, *cuts], cuts, strict=False):
+    state, chunks = steps.create_state(config, (28, 28), 10), []
+    for start, stop in zip([0, *stops], stops, strict=False):
         indices = np.zeros((capacity, config.train.batch_size), np.int32)
         indices[: stop - start] = order.batch_indices(config, len(labels), start, stop)
         state, metrics = program(state, images, labels, indices, np.int32(stop - start))
-        seen.append(jax.tree.map(lambda values, count=stop - start: values[:count], metrics))
-    return state, seen
+        chunks.append(jax.tree.map(lambda values, count=stop - start: values[:count], metrics))
+    return state, chunks
 
 
 @pytest.mark.parametrize("model", ["softmax", "mlp", pytest.param("cnn", marks=pytest.mark.slow)])
-def test_a_step_is_one_update_by_the_gradient_of_the_mean_loss(model, few):
+def test_step_updates_by_the_gradient_of_the_mean_loss(model, few):
     config = small(model, optimizer=SGD(learning_rate=0.5))
     state = steps.create_state(config, (28, 28), 10)
-    batch = batch_of(few, 16)
+    batch = make_batch(few, 16)
 
     def loss(params):
         from flax import nnx
@@ -47,39 +47,35 @@ def test_a_step_is_one_update_by_the_gradient_of_the_mean_loss(model, few):
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), batch.labels[:, None], 1))
 
     value, gradient = jax.value_and_grad(loss)(state.params)
-    after, metrics = steps.train_step(config, state, batch)
+    new_state, metrics = steps.train_step(config, state, batch)
     np.testing.assert_allclose(metrics.batch.loss / metrics.batch.images, value, rtol=1e-5)
     expected = jax.tree.map(lambda p, g: p - 0.5 * g, state.params, gradient)
-    for new, wanted in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
+    for new, wanted in zip(jax.tree.leaves(new_state.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(new, wanted, rtol=1e-4, atol=1e-6)
-    assert after.step == 1
+    assert new_state.step == 1
 
 
-def test_fillings_of_a_short_batch_count_for_nothing(few):
+def test_padding_does_not_count(few):
     config = small("mlp")
     state = steps.create_state(config, (28, 28), 10)
-    short, seen = steps.train_step(config, state, batch_of(few, 11))
-    filled, also_seen = steps.train_step(config, state, batch_of(few, 11, filled=5))
-    assert also_seen.batch.images == 11
-    for one, other in zip(
-        jax.tree.leaves((short.params, seen)), jax.tree.leaves((filled.params, also_seen)), strict=True
-    ):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+    short = steps.train_step(config, state, make_batch(few, 11))
+    padded = steps.train_step(config, state, make_batch(few, 11, padding=5))
+    assert padded[1].batch.images == 11
+    for a, b in zip(jax.tree.leaves(short), jax.tree.leaves(padded), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_a_filling_does_not_reach_the_gradient_even_where_its_loss_is_infinite(few):
-    """Image 0 stands for a filling; here its written-out cost is infinite."""
+def test_padding_with_infinite_loss_does_not_affect_the_gradient(few):
+    """Padding is computed on image 0, whose cost as written is infinite here."""
     objective = Objective(labels="one_hot", form="probabilities")
     config = replace(small(), objective=objective)
     state = steps.create_state(config, (28, 28), 10)
     images = jnp.concatenate([jnp.full((1, 28, 28, 1), 255, jnp.uint8), jnp.zeros((3, 28, 28, 1), jnp.uint8)])
-    bright = {
-        "dense": {"kernel": state.params["dense"]["kernel"].at[1].set(1.0), "bias": state.params["dense"]["bias"]}
-    }
-    state = replace(state, params=bright)
+    dense = state.params["dense"]
+    state = replace(state, params={"dense": dense | {"kernel": dense["kernel"].at[1].set(1.0)}})
     batch = steps.take_batch(images, jnp.zeros(4, jnp.int32), jnp.array([1, 2, -1], jnp.int32))
-    after, _ = steps.train_step(config, state, batch)
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
+    new_state, _ = steps.train_step(config, state, batch)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new_state.params))
 
 
 @pytest.mark.parametrize(
@@ -91,22 +87,22 @@ def test_a_filling_does_not_reach_the_gradient_even_where_its_loss_is_infinite(f
     ],
     ids=["softmax", "cnn", "mlp"],
 )
-def test_however_a_stretch_is_cut_the_bits_are_the_same(config, few):
-    """In epochs of five steps, the last of them a short one."""
-    whole, (metrics,) = run(config, few, [12], capacity=12)
-    cut, parts = run(config, few, [1, 3, 7, 12], capacity=12)
-    assert_same(whole, cut)
-    assert_same(metrics, jax.tree.map(lambda *values: jnp.concatenate(values), *parts))
+def test_chunks_do_not_change_the_bits(config, few):
+    """Epochs have five steps, and their last batch is short."""
+    state, (metrics,) = run(config, few, [12], capacity=12)
+    chunked, chunks = run(config, few, [1, 3, 7, 12], capacity=12)
+    assert_same(state, chunked)
+    assert_same(metrics, jax.tree.map(lambda *values: jnp.concatenate(values), *chunks))
 
 
-def test_totals_of_an_epoch_begin_anew(few):
+def test_epoch_totals_restart_every_epoch(few):
     _, (metrics,) = run(small(), few, [12], capacity=15)
     assert metrics.batch.images.tolist() == [16, 16, 16, 16, 6] * 2 + [16, 16]
     assert metrics.epoch.images.tolist() == [16, 32, 48, 64, 70] * 2 + [16, 32]
     np.testing.assert_allclose(metrics.epoch.loss[9], metrics.batch.loss[5:10].sum(), rtol=1e-6)
 
 
-def test_the_average_is_the_plain_mean_at_first_and_then_decays(few):
+def test_average_is_first_the_plain_mean_then_decays(few):
     config = small(ema_decay=0.75, steps=6)
     states = [run(config, few, [count], capacity=6)[0] for count in range(1, 7)]
     kernels = [np.asarray(state.params["dense"]["kernel"], np.float64) for state in states]
@@ -117,26 +113,26 @@ def test_the_average_is_the_plain_mean_at_first_and_then_decays(few):
     assert states[4].weights is states[4].ema
 
 
-def test_streams_and_steps_have_keys_of_their_own():
+def test_streams_and_steps_have_different_keys():
     keys = [steps.stream_key(seed, stream, step) for seed in (0, 1) for stream in steps.STREAMS for step in (0, 1)]
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
 
 
 @pytest.mark.parametrize("name", ["softmax", "mlp", pytest.param("cnn", marks=pytest.mark.slow)])
-def test_bfloat16_computes_what_float32_does_but_for_rounding(name, few):
-    """Logits to 2 %; parameters, and so their sums of small updates, stay float32."""
+def test_bfloat16_agrees_with_float32_up_to_rounding(name, few):
+    """Logits agree to 2 %. Parameters stay float32, so that small updates are not lost."""
     config = small(name)
-    short = replace(config, train=replace(config.train, compute_dtype="bfloat16"))
+    half = replace(config, train=replace(config.train, compute_dtype="bfloat16"))
     state, images = steps.create_state(config, (28, 28), 10), jnp.asarray(few.train.images[:8])
     state = replace(state, params=jax.tree.map(lambda leaf: leaf + 0.01, state.params))
-    exact, rounded = (steps.train_logits(each, state.graphdef, state.params, images, 0) for each in (config, short))
+    exact, rounded = (steps.train_logits(c, state.graphdef, state.params, images, 0) for c in (config, half))
     assert rounded.dtype == jnp.float32
     assert 0 < jnp.abs(rounded - exact).max() < 0.02 * jnp.abs(exact).max()
-    after, _ = steps.train_step(short, state, steps.take_batch(*map(jnp.asarray, few.train), jnp.arange(8)))
-    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
+    new_state, _ = steps.train_step(half, state, steps.take_batch(*map(jnp.asarray, few.train), jnp.arange(8)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(new_state.params)} == {jnp.dtype("float32")}
 
 
-def test_dropout_changes_with_the_step_and_the_seed(few):
+def test_dropout_depends_on_step_and_seed(few):
     config = replace(small("mlp"), model=replace(MODELS["mlp"], dropout=0.5))
     state, images = steps.create_state(config, (28, 28), 10), jnp.asarray(few.train.images[:4])
     logits = [
@@ -144,7 +140,7 @@ def test_dropout_changes_with_the_step_and_the_seed(few):
         for seed in (0, 1)
         for step in (0, 1)
     ]
-    assert len({str(each) for each in logits}) == 4
+    assert len(set(map(str, logits))) == 4
 
 
 @pytest.mark.parametrize(
@@ -153,7 +149,7 @@ def test_dropout_changes_with_the_step_and_the_seed(few):
 def test_every_form_of_the_cost_trains(objective, few):
     config = replace(small(), objective=objective)
     _, (metrics,) = run(config, few, [20], capacity=20)
-    assert metrics.batch.loss[19] < 0.6 * metrics.batch.loss[4], "the same batch, an epoch and more later"
+    assert metrics.batch.loss[19] < 0.6 * metrics.batch.loss[4], "both are the last, short batch of an epoch"
 
 
 GOLDEN = {
@@ -168,7 +164,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_first_steps(name, digits):
-    """Losses of the first two steps on the digits. A change means that every result has changed: say so, and why."""
-    experiment = order.resolve(fm.load_experiment(f"experiments/{name}.py"), len(digits.train.labels))
+    """Losses of the first two steps on the digits. A change affects every result: document it and why."""
+    experiment = order.resolve_length(fm.load_experiment(f"experiments/{name}.py"), len(digits.train.labels))
     _, (metrics,) = run(experiment, digits, [2], capacity=2)
     np.testing.assert_allclose(metrics.batch.loss / metrics.batch.images, GOLDEN[name], rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Many runs at once are the runs they stand for, whatever stops them; and what they say together."""
+"""Sweeps: trials against single runs, results, invalid arguments, ensembles and the command."""
 
 import json
 import os
@@ -18,13 +18,13 @@ from flaxmnist.errors import UserError
 
 
 def swept(config, data, **options) -> fm.Sweep:
-    """A sweep on one device, of the eight that the tests see."""
+    """Run a sweep on one of the eight devices of the test process."""
     return fm.sweep(config, data, devices=1, **options)
 
 
-def training_loss(sweep, member: int) -> np.ndarray:
+def training_loss(sweep, trial: int) -> np.ndarray:
     columns = sweep.curves
-    return columns["loss"][(columns["member"] == member) & ~columns["validation"]]
+    return columns["loss"][(columns["member"] == trial) & ~columns["validation"]]
 
 
 def loss_of(run) -> list[float]:
@@ -35,12 +35,11 @@ def with_dropout(name: str):
     return replace(MODELS[name], dropout=0.5) if name != "softmax" else MODELS[name]
 
 
-# --- The same numbers -----------------------------------------------------------------------------------------------
+# --- Trials against single runs -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["softmax", pytest.param("cnn", marks=pytest.mark.slow)])
-def test_members_one_after_another_are_their_runs_to_the_bit(model, few):
-    """Each kind of CNN, and models with batches of their own."""
+def test_sequential_trials_are_bitwise_identical_to_single_runs(model, few):
     config = small(with_dropout(model), optimizer=Adam(), evaluate_every=7, ema_decay=0.9)
     sweep = swept(config, few, seeds=[5, 2], over={"optimizer.learning_rate": [1e-3, 1e-2]})
     assert [(line["fields"]["optimizer.learning_rate"], line["seed"]) for line in sweep.members] == [
@@ -49,13 +48,13 @@ def test_members_one_after_another_are_their_runs_to_the_bit(model, few):
         (1e-2, 5),
         (1e-2, 2),
     ]
-    for number, line in enumerate(sweep.members):
+    for trial, line in enumerate(sweep.members):
         optimizer = Adam(learning_rate=line["fields"]["optimizer.learning_rate"])
         run = fm.fit(replace(config, seed=line["seed"], optimizer=optimizer), few, devices=1)
         assert {name: line[name] for name in line if name in run.result} == {
             name: run.result[name] for name in line if name in run.result
         }
-        np.testing.assert_array_equal(training_loss(sweep, number), np.float32(loss_of(run)))
+        np.testing.assert_array_equal(training_loss(sweep, trial), np.float32(loss_of(run)))
 
 
 VARIED = {
@@ -94,71 +93,72 @@ QUICK = {"learning rate", "b1"}
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIED]
 )
-def test_vectorised_members_are_their_runs_to_rounding(name, few, monkeypatch):
-    """After 50 steps, to 1e-5 of the loss, and in one program."""
+def test_vectorised_trials_equal_single_runs_up_to_rounding(name, few, monkeypatch):
+    """The losses of 50 steps differ by at most 1e-5, relative, and there is only one program."""
     programs = []
-    made = program.Members.__init__
-    monkeypatch.setattr(program.Members, "__init__", lambda self, *a: programs.append(1) or made(self, *a))
-    monkeypatch.setattr(sweeps, "trains_alone", lambda config, share_order: False)
+    init = program.TrialProgram.__init__
+    monkeypatch.setattr(program.TrialProgram, "__init__", lambda self, *a: programs.append(1) or init(self, *a))
+    monkeypatch.setattr(sweeps, "runs_sequentially", lambda config, share_order: False)
     config, field, values = VARIED[name]
     sweep = swept(config, few, seeds=2, over={field: values})
     assert len(programs) == 1
-    for number, line in enumerate(sweep.members):
-        single = sweeps.fields.put(replace(config, seed=line["seed"]), field, line["fields"][field])
+    for trial, line in enumerate(sweep.members):
+        single = sweeps.fields.replace(replace(config, seed=line["seed"]), field, line["fields"][field])
         run = fm.fit(single, few, devices=1)
-        np.testing.assert_allclose(training_loss(sweep, number), loss_of(run), rtol=1e-5)
+        np.testing.assert_allclose(training_loss(sweep, trial), loss_of(run), rtol=1e-5)
 
 
-@pytest.mark.parametrize("shares", [False, True])
-def test_the_devices_share_the_members_out(shares, few):
-    """Five members on two devices: in three rounds of single ones, or one of three and three."""
+@pytest.mark.parametrize("share_order", [False, True])
+def test_trials_are_distributed_over_devices(share_order, few):
+    """Five trials on two devices need three sequential blocks of two, or one block of six with padding."""
     config = small("mlp", steps=8)
-    one, two = (fm.sweep(config, few, seeds=5, share_order=shares, devices=count) for count in (1, 2))
+    one, two = (fm.sweep(config, few, seeds=5, share_order=share_order, devices=count) for count in (1, 2))
     assert len(two.members) == 5
     for a, b in zip(one.members, two.members, strict=True):
         assert a["seed"] == b["seed"]
         assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-5)
-        assert shares or a["params_sha256"] == b["params_sha256"]
+        assert share_order or a["params_sha256"] == b["params_sha256"]
 
 
-def test_a_shared_order_is_that_of_the_first_seed(few):
+def test_shared_order_is_that_of_the_first_seed(few):
     config = small("mlp", steps=12)
     sweep = swept(config, few, seeds=[3, 4], share_order=True)
-    for number, seed in enumerate([3, 4]):
+    for trial, seed in enumerate([3, 4]):
         run = fm.fit(replace(config, seed=seed, data=replace(config.data, order_seed=3)), few, devices=1)
-        np.testing.assert_allclose(training_loss(sweep, number), loss_of(run), rtol=1e-5)
+        np.testing.assert_allclose(training_loss(sweep, trial), loss_of(run), rtol=1e-5)
     exact = swept(config, few, seeds=[3, 4], share_order=True, exact=True)
     assert exact.members[1]["params_sha256"] == run.result["params_sha256"]
 
 
 @pytest.mark.slow
-def test_fields_that_change_shapes_are_trained_too(few):
+def test_sweep_over_a_field_that_changes_shapes(few):
     config = small("mlp", steps=6)
     sweep = swept(config, few, seeds=1, over={"model.hidden": [8, (8, 4)]})
     assert [group["fields"] for group in sweep.groups] == [{"model.hidden": 8}, {"model.hidden": (8, 4)}]
-    widths = [fm.fit(sweeps.fields.put(config, "model.hidden", hidden), few, devices=1) for hidden in ((8,), (8, 4))]
-    assert [line["params_sha256"] for line in sweep.members] == [run.result["params_sha256"] for run in widths]
+    configs = [sweeps.fields.replace(config, "model.hidden", hidden) for hidden in ((8,), (8, 4))]
+    runs = [fm.fit(config, few, devices=1) for config in configs]
+    assert [line["params_sha256"] for line in sweep.members] == [run.result["params_sha256"] for run in runs]
 
 
-def test_as_many_members_at_once_as_memory_holds(few, monkeypatch):
+def test_memory_limits_the_trials_per_program(few, monkeypatch):
     config = small(steps=4)
     programs = []
-    made = program.Members.__init__
-    monkeypatch.setattr(program.Members, "__init__", lambda self, *a: programs.append(self) or made(self, *a))
-    whole = swept(config, few, seeds=8, share_order=True)
+    init = program.TrialProgram.__init__
+    monkeypatch.setattr(program.TrialProgram, "__init__", lambda self, *a: programs.append(self) or init(self, *a))
+    one_block = swept(config, few, seeds=8, share_order=True)
     (eight,) = programs
     assert eight.size == 8
-    monkeypatch.setattr(parallel, "memory", lambda mesh: (eight.bytes - 1) / sweeps.MEMORY_SHARE)
-    halves = swept(config, few, seeds=8, share_order=True)
-    assert [each.size for each in programs] == [8, 8, 4]
-    for a, b in zip(whole.members, halves.members, strict=True):
+    monkeypatch.setattr(parallel, "device_memory", lambda mesh: (eight.bytes - 1) / sweeps.MEMORY_FRACTION)
+    two_blocks = swept(config, few, seeds=8, share_order=True)
+    assert [compiled.size for compiled in programs] == [8, 8, 4]
+    for a, b in zip(one_block.members, two_blocks.members, strict=True):
         assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-5)
 
 
-# --- What comes of it -----------------------------------------------------------------------------------------------
+# --- Results --------------------------------------------------------------------------------------------------------
 
 
-def test_a_member_that_diverges_is_marked_and_stops_no_other(few):
+def test_diverged_trial_is_marked_and_others_continue(few):
     sweep = swept(small(), few, seeds=2, over={"optimizer.learning_rate": [0.1, 1e38]}, share_order=True)
     bad, good = ([line for line in sweep.members if (line["failed"] is not None) == failed] for failed in (True, False))
     assert [line["fields"]["optimizer.learning_rate"] for line in bad] == [1e38] * 2
@@ -169,13 +169,13 @@ def test_a_member_that_diverges_is_marked_and_stops_no_other(few):
     assert json.loads(json.dumps(sweep.result, allow_nan=False)) == sweep.result
 
 
-def test_the_best_is_chosen_by_validation_images_and_none_without(few):
+def test_best_setting_needs_validation_images(few):
     over = {"optimizer.learning_rate": [1e-5, 0.1]}
     sweep = swept(small(), few, seeds=3, over=over)
     best = sweep.result["best"]
     assert best["fields"] == {"optimizer.learning_rate": 0.1}
-    chosen = [line["test_accuracy"] for line in sweep.members if line["fields"] == best["fields"]]
-    assert best["test"]["mean"] == pytest.approx(np.mean(chosen))
+    accuracies = [line["test_accuracy"] for line in sweep.members if line["fields"] == best["fields"]]
+    assert best["test"]["mean"] == pytest.approx(np.mean(accuracies))
     (other,) = sweep.result["comparisons"]
     assert other["n"] == 3
     assert other["mean"] < 0
@@ -192,70 +192,70 @@ def test_the_best_is_chosen_by_validation_images_and_none_without(few):
         ({"optimizer.lerning_rate": [1]}, "there is no field optimizer.lerning_rate: SGD has no 'lerning_rate'"),
         ({"model.hidden.size": [1]}, "there is no field model.hidden.size"),
         ({"model.dropout": [2.0]}, r"model.dropout must lie in \[0, 1\)"),
-        ({"train.patience": [3]}, "do not stop early|train.patience"),
+        ({"train.patience": [3]}, "cannot stop early|train.patience"),
         ({"train.batch_size": []}, "there is nothing to train"),
-        ({"train.steps": [None]}, "the length is given twice or not at all"),
+        ({"train.steps": [None]}, "exactly one of train.steps and train.epochs must be set"),
         ({"seed": [1, 2]}, "seed cannot be swept"),
     ],
 )
-def test_what_cannot_be_swept(over, message, few):
+def test_invalid_sweeps(over, message, few):
     with pytest.raises(UserError, match=message):
         swept(small("mlp"), few, seeds=1, over=over)
 
 
-def test_a_sweep_that_is_too_large_is_refused_before_it_fills_the_memory(few):
-    with pytest.raises(UserError, match="a sweep has at most 100,000 members"):
+def test_too_large_a_sweep_is_refused_before_it_fills_memory(few):
+    with pytest.raises(UserError, match="a sweep has at most 100,000 trials"):
         swept(small("mlp"), few, seeds=10**12)
 
 
-def test_two_experiments_of_one_name_cannot_be_told_apart(few):
-    with pytest.raises(UserError, match="names of their own, but these are small, small"):
+def test_experiments_need_different_names(few):
+    with pytest.raises(UserError, match="need different names, but these are small, small"):
         sweeps.run([(small(), few), (small("mlp"), few)], [0], [{}], devices=1)
 
 
-# --- Looking at it --------------------------------------------------------------------------------------------------
+# --- Saved sweeps ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def kept(few, tmp_path_factory):
-    """A sweep of two experiments with two rates each, and its folder."""
-    folder = tmp_path_factory.mktemp("kept")
+def saved_sweep(few, tmp_path_factory):
+    """A sweep of two experiments with two learning rates each, and its folder."""
+    folder = tmp_path_factory.mktemp("sweep")
     config = small("mlp", evaluate_every=5)
     experiments = [(config, few), (replace(small(evaluate_every=5), name="other"), few)]
     settings = [{"optimizer.learning_rate": rate} for rate in (0.01, 0.1)]
     return sweeps.run(experiments, [0, 1, 2], settings, devices=1, workdir=folder), folder
 
 
-def test_weights_load_from_the_folder_alone(kept, few):
-    sweep, folder = kept
-    loaded = parts.load_members(folder)
+def test_trials_load_from_the_folder(saved_sweep, few):
+    sweep, folder = saved_sweep
+    loaded = parts.load_trials(folder)
     assert [line for line, _ in loaded] == sweep.members
     for line, model in loaded[::5]:
         assert fm.evaluate(model, *few.test).accuracy == line["test_accuracy"]
 
 
-def test_an_ensemble_is_the_mean_of_its_members_probabilities(kept, digits):
-    sweep, folder = kept
+def test_ensemble_averages_probabilities(saved_sweep, digits):
+    sweep, folder = saved_sweep
     best = sweep.result["best"]
     models = [
         model
-        for line, model in parts.load_members(folder)
+        for line, model in parts.load_trials(folder)
         if (line["experiment"], line["fields"]) == (best["experiment"], best["fields"])
     ]
-    seen = ensembles.evaluate(folder, 2)
+    ensemble = ensembles.evaluate(folder, 2)
     mean = np.mean([fm.predict(model, digits.test.images)[1] for model in models[:2]], axis=0)
-    assert seen.together.accuracy == (mean.argmax(1) == digits.test.labels).mean()
-    assert seen.together == ensembles.answers(mean, digits.test.labels)
-    assert len(seen.members) == 2
-    assert seen.count == 360
-    with pytest.raises(UserError, match="has 3 members of its best setting"):
+    assert ensemble.together.accuracy == (mean.argmax(1) == digits.test.labels).mean()
+    assert ensemble.together == ensembles.score(mean, digits.test.labels)
+    assert len(ensemble.members) == 2
+    assert ensemble.count == 360
+    with pytest.raises(UserError, match="has 3 trials of its best setting"):
         ensembles.evaluate(folder, 4)
 
 
-def test_every_picture_has_its_axes_named(kept):
-    sweep, _ = kept
-    for picture in (plots.curves(sweep), plots.distribution(sweep), plots.against(sweep, "optimizer.learning_rate")):
-        (axes,) = picture.axes
+def test_figures_have_labelled_axes(saved_sweep):
+    sweep, _ = saved_sweep
+    for figure in (plots.curves(sweep), plots.distribution(sweep), plots.against(sweep, "optimizer.learning_rate")):
+        (axes,) = figure.axes
         assert "accuracy (%)" in axes.get_xlabel() + axes.get_ylabel()
 
 
@@ -268,7 +268,7 @@ def launch(script: str, *arguments) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path):
+def test_sweep_command(tmp_path):
     experiment = tmp_path / "small.py"
     experiment.write_text(
         "from flaxmnist.config import *\n"
@@ -284,48 +284,47 @@ def test_the_command(tmp_path):
         "--workdir",
         tmp_path / "swept",
     ]
-    ended = launch("sweep", *arguments)
-    assert ended.returncode == 0, ended.stderr
-    assert "best: small optimizer.learning_rate=0.1: test accuracy 0." in ended.stdout
-    assert "same seeds, p = " in ended.stdout
-    again = launch("sweep", *arguments, "--resume")
-    assert again.stdout == ended.stdout
+    first = launch("sweep", *arguments)
+    assert first.returncode == 0, first.stderr
+    assert "best: small optimizer.learning_rate=0.1: test accuracy 0." in first.stdout
+    assert "same seeds, p = " in first.stdout
+    resumed = launch("sweep", *arguments, "--resume")
+    assert resumed.stdout == first.stdout
     refused = launch("sweep", *arguments)
     assert refused.returncode == 2
     assert len(refused.stderr.splitlines()) == 1
-    together = launch("evaluate", tmp_path / "swept", "--ensemble")
-    assert together.returncode == 0, together.stderr
-    assert "ensemble of 3" in together.stdout
-    assert "360 images" in together.stdout
-    drawn = launch("sweep", *arguments[:3], "--random", 2, "--over", "optimizer.learning-rate=1e-3..1,log")
-    assert drawn.returncode == 2, "no --workdir"
+    evaluated = launch("evaluate", tmp_path / "swept", "--ensemble")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "ensemble of 3" in evaluated.stdout
+    assert "360 images" in evaluated.stdout
+    without_workdir = launch("sweep", *arguments[:3], "--random", 2, "--over", "optimizer.learning-rate=1e-3..1,log")
+    assert without_workdir.returncode == 2
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_ends_as_if_it_had_not_been(tmp_path):
-    """Killed for good when the first part is written."""
+def test_killed_sweep_resumes_to_the_same_results(tmp_path):
+    """Kill the sweep as soon as the first part is written."""
     arguments = [ROOT / "experiments/quickstart.py", "--seeds", 3, "--over", "train.epochs=4,6", "--workdir"]
-    whole = launch("sweep", *arguments, tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    command = [sys.executable, ROOT / "launch/sweep.py", *arguments, tmp_path / "cut"]
+    full = launch("sweep", *arguments, tmp_path / "full")
+    assert full.returncode == 0, full.stderr
+    command = [sys.executable, ROOT / "launch/sweep.py", *arguments, tmp_path / "killed"]
     with subprocess.Popen(list(map(str, command)), env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}) as process:
-        while not list((tmp_path / "cut").glob("parts/*.npz")):
+        while not list((tmp_path / "killed").glob("parts/*.npz")):
             assert process.poll() is None
         process.kill()
-    resumed = launch("sweep", *arguments, tmp_path / "cut", "--resume")
-    assert "going on with 3 members finished" in resumed.stderr
-    one, other = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "cut"))
+    resumed = launch("sweep", *arguments, tmp_path / "killed", "--resume")
+    assert "resuming: 3 trials are finished" in resumed.stderr
+    one, other = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("full", "killed"))
     assert one["members"] == other["members"]
-    with np.load(tmp_path / "whole/curves.npz") as a, np.load(tmp_path / "cut/curves.npz") as b:
+    with np.load(tmp_path / "full/curves.npz") as a, np.load(tmp_path / "killed/curves.npz") as b:
         assert_same(dict(a), dict(b))
 
 
-def test_members_see_no_array_of_each_other(few):
-    """Not a byte is exchanged between the devices."""
+def test_devices_exchange_no_bytes(few):
     from flaxmnist import order, parallel, scaling
 
-    config = order.resolve(small("mlp", steps=4), 70)
+    config = order.resolve_length(small("mlp", steps=4), 70)
     mesh = parallel.make_mesh(4)
-    compiled = program.Members(config, (), few, program.place(few.train, mesh), mesh, 2, False)
+    compiled = program.TrialProgram(config, (), few, program.put_split(few.train, mesh), mesh, 2, False)
     assert scaling.exchanged_bytes(compiled) == 0
     assert jax.device_count() == 8
