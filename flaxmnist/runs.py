@@ -17,15 +17,20 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from flaxmnist import evaluation, folders, hosts, models, order, parallel
 from flaxmnist.config import Config
-from flaxmnist.data import Dataset, Split
+from flaxmnist.console import Clock, Progress, logger
+from flaxmnist.core import models
+from flaxmnist.core.state import Metrics, Totals, consecutive_before
+from flaxmnist.data import order
+from flaxmnist.data.sets import Dataset, Split
+from flaxmnist.devices import evaluation, parallel, processes
+from flaxmnist.devices.program import Backend, Program, initial_state, put_split, state_shapes, train_logits
 from flaxmnist.errors import Diverged, Stopped, UserError
-from flaxmnist.lock import Lock
-from flaxmnist.logs import Clock, Progress, Records, logger, write_json
-from flaxmnist.program import Backend, Program, initial_state, put_split, state_shapes, train_logits
-from flaxmnist.results import Run, load_run, make_result
-from flaxmnist.state import Metrics, Totals, consecutive_before
+from flaxmnist.store import folders
+from flaxmnist.store.files import write_json
+from flaxmnist.store.lock import Lock
+from flaxmnist.store.records import Records
+from flaxmnist.store.results import Run, load_run, make_result
 
 # Approximate upper bound on the seconds per chunk, and so on the delay before a signal takes effect.
 CHUNK_SECONDS = 1.0
@@ -70,7 +75,7 @@ def fit(
     try:
         if folder is not None:
             prepare = partial(folders.is_finished, folder, lock, described, resume, overwrite, allow_config_change)
-            if hosts.on_first_process(prepare):
+            if processes.on_first_process(prepare):
                 logger.info("%s is finished", folder)
                 return load_run(folder)
         with parallel.memory_errors():
@@ -121,7 +126,7 @@ class Loop:
         self.archive, self.records = None, Records(None)
         if folder is not None:
             # Importing orbax takes a third of a second, which a run without a folder can save.
-            from flaxmnist.archive import Archive
+            from flaxmnist.store.archive import Archive
 
             with clock("checkpoint"):
                 self.archive = Archive(folder, lock, described, config, self.state, clock)
@@ -212,7 +217,7 @@ class Loop:
                     self.rate = unreported[1] / (time.perf_counter() - began)
                 unreported = (start, count, metrics)
                 # Agree after each chunk, so that all processes stop at the same step.
-                self.stopping, self.rate = hosts.agree(stop.is_set(), self.rate)
+                self.stopping, self.rate = processes.agree(stop.is_set(), self.rate)
                 if self.stopping or self.is_retry_due():
                     break
             if unreported is not None:
@@ -342,7 +347,7 @@ class Loop:
             validation_accuracy=None if validation is None else validation["accuracy"],
             test=test,
         )
-        if self.archive is not None and hosts.is_first_process():
+        if self.archive is not None and processes.is_first_process():
             try:
                 self.archive.end()
                 write_json(self.archive.folder / "result.json", result)

@@ -8,8 +8,8 @@ from typing import Literal
 
 import tyro
 
-from flaxmnist import benchmarks, scaling
 from flaxmnist.errors import UserError, exit_code
+from flaxmnist.speed import benchmarks, scaling
 
 SYSTEMS = ("softmax_beginners", "softmax_epochs", "mlp_scratch", "cnn_experts", "cnn_layers")
 

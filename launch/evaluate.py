@@ -8,8 +8,11 @@ from typing import Literal
 
 import tyro
 
-from flaxmnist import ensembles, exports, inspection, program, trained
+from flaxmnist.devices import program
 from flaxmnist.errors import UserError, exit_code
+from flaxmnist.show import text
+from flaxmnist.store import exports, trained
+from flaxmnist.sweeps import ensembles
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,14 @@ def evaluate(arguments: Arguments) -> None:
         )
     if is_sweep:
         size = None if arguments.ensemble == "all" else arguments.ensemble
-        print(ensembles.report(ensembles.evaluate(arguments.workdir, size, arguments.split, arguments.data_dir)))
+        print(text.ensemble_report(ensembles.evaluate(arguments.workdir, size, arguments.split, arguments.data_dir)))
     elif arguments.workdir.suffix in exports.SUFFIXES:
         if arguments.step != "latest":
             raise UserError(f"{arguments.workdir} holds only one step: omit --step, and pass it to launch/export.py")
-        print(inspection.class_report(exports.evaluate(arguments.workdir, arguments.split, arguments.data_dir)))
+        print(text.class_report(exports.evaluate(arguments.workdir, arguments.split, arguments.data_dir)))
     else:
         evaluation = trained.evaluate_run(arguments.workdir, arguments.step, arguments.split, arguments.data_dir)
-        print(inspection.class_report(evaluation))
+        print(text.class_report(evaluation))
 
 
 def parse_arguments(argv: list[str]) -> Arguments:

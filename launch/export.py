@@ -6,8 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from flaxmnist import exports, trained
 from flaxmnist.errors import exit_code
+from flaxmnist.store import exports, trained
 
 
 @dataclass(frozen=True)

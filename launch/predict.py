@@ -7,8 +7,10 @@ from pathlib import Path
 
 import tyro
 
-from flaxmnist import figures, inspection, plots, program, trained
+from flaxmnist.devices import program
 from flaxmnist.errors import exit_code
+from flaxmnist.show import figures, plots, text
+from flaxmnist.store import trained
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ def predict(arguments: Arguments) -> None:
         if arguments.json:
             print(json.dumps({"file": str(file), "class": predicted, "probabilities": probabilities.tolist()}))
         else:
-            print(inspection.show_prediction(str(file), image, probabilities), end="\n\n")
+            print(text.show_prediction(str(file), image, probabilities), end="\n\n")
 
 
 def main(argv: list[str]) -> int:

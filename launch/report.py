@@ -6,8 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from flaxmnist import reports
 from flaxmnist.errors import UserError, exit_code
+from flaxmnist.show import reports
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,11 @@ from pathlib import Path
 import tyro
 
 import flaxmnist as fm
-from flaxmnist import logs, parts, program, reports, settings, signals, sweeps
+from flaxmnist import console
+from flaxmnist.devices import program, signals
 from flaxmnist.errors import UserError, exit_code
+from flaxmnist.show import reports, text
+from flaxmnist.sweeps import settings, sweeps
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Arguments:
 
 def sweep(arguments: Arguments) -> None:
     """Train, print the tables, and draw the figures."""
-    logs.show_messages("info")
+    console.show_messages("info")
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume continues a sweep and --overwrite deletes it: use only one of them")
     if not 0 < arguments.grace <= 86400:
@@ -68,7 +71,7 @@ def sweep(arguments: Arguments) -> None:
             stop=stop,
         )
     reports.write_sweep(result, arguments.workdir)
-    print(parts.report(result))
+    print(text.sweep_report(result))
 
 
 def main(argv: list[str]) -> int:

@@ -26,8 +26,12 @@ from typing import Annotated, Literal
 import tyro
 
 import flaxmnist as fm
-from flaxmnist import folders, hosts, inspection, logs, program, results, signals
+from flaxmnist import console
+from flaxmnist.devices import processes, program, signals
+from flaxmnist.devices.processes import HEARTBEAT_TIMEOUT
 from flaxmnist.errors import BelowTarget, UserError, exit_code
+from flaxmnist.show import text
+from flaxmnist.store import folders
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Arguments:
     process_id: int | None = None  # index of this process, from 0
     grace: float = signals.GRACE  # seconds from a signal to the exit, even if saving is not done
     deterministic: bool = False  # on GPU, bitwise reproducible but slower; CPU and TPU always are
-    heartbeat: float = hosts.HEARTBEAT_TIMEOUT  # seconds without a heartbeat after which a process counts as lost
+    heartbeat: float = HEARTBEAT_TIMEOUT  # seconds without a heartbeat after which a process counts as lost
     min_accuracy: float | None = None  # exit with code 4 if the test accuracy is below this fraction
     print_config: bool = False  # print the config, parameters, operations and memory, then exit
     profile: Path | None = None  # write a profiler trace of a few steps after warm-up to this folder
@@ -72,9 +76,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
     return tyro.cli(Arguments, default=default, args=argv[1:], config=options, prog=prog, description=__doc__)
 
 
-def train(arguments: Arguments, clock: logs.Clock) -> None:
+def train(arguments: Arguments, clock: console.Clock) -> None:
     """Check the arguments, and train in all processes of the run."""
-    logs.show_messages(arguments.log_level)
+    console.show_messages(arguments.log_level)
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume continues a run and --overwrite deletes it: use only one of them")
     if arguments.resume and arguments.workdir is None:
@@ -89,20 +93,22 @@ def train(arguments: Arguments, clock: logs.Clock) -> None:
         program.make_deterministic()
     if arguments.print_config:
         data = fm.load_data(arguments.config.data, arguments.data_dir)
-        print(inspection.describe_experiment(arguments.config, data))
+        print(text.describe_experiment(arguments.config, data))
         return
-    with hosts.join_processes(arguments.coordinator, arguments.processes, arguments.process_id, arguments.heartbeat):
+    with processes.join_processes(
+        arguments.coordinator, arguments.processes, arguments.process_id, arguments.heartbeat
+    ):
         train_process(arguments, clock)
 
 
-def train_process(arguments: Arguments, clock: logs.Clock) -> None:
+def train_process(arguments: Arguments, clock: console.Clock) -> None:
     """Train in this process; the first one prints the result."""
     config = arguments.config
-    logs.show_messages(arguments.log_level if hosts.is_first_process() else "warning")
+    console.show_messages(arguments.log_level if processes.is_first_process() else "warning")
     with clock("data"):
         data = fm.load_data(config.data, arguments.data_dir)
     program.use_compilation_cache()
-    workdir = arguments.workdir or Path(hosts.on_first_process(lambda: str(folders.fresh_folder(config.name))))
+    workdir = arguments.workdir or Path(processes.on_first_process(lambda: str(folders.fresh_folder(config.name))))
     with signals.stop_on_signals(arguments.grace) as stop:
         run = fm.fit(
             config,
@@ -119,15 +125,15 @@ def train_process(arguments: Arguments, clock: logs.Clock) -> None:
             stop=stop,
             clock=clock,
         )
-    if hosts.is_first_process():
-        print(results.summary(run, workdir, arguments.data_dir))
+    if processes.is_first_process():
+        print(text.run_summary(run, workdir, arguments.data_dir))
     accuracy = run.result["test_accuracy"]
     if arguments.min_accuracy is not None and accuracy < arguments.min_accuracy:
         raise BelowTarget(f"test accuracy {accuracy:.4f} is below --min-accuracy {arguments.min_accuracy}")
 
 
 def main(argv: list[str]) -> int:
-    clock = logs.Clock(START)
+    clock = console.Clock(START)
     clock.seconds["import"] = clock.total()
     return exit_code(lambda: train(parse_arguments(argv), clock))
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from flaxmnist.config import CNN, MLP, SGD, Config, Data, Softmax, Train
-from flaxmnist.data import Dataset, Split, load_data
+from flaxmnist.data.sets import Dataset, Split, load_data
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 import flaxmnist as fm
-from flaxmnist import logs
+from flaxmnist import console
 from flaxmnist.config import SGD, Config, Data, Softmax, Train
 
 ROOT = Path(__file__).parent.parent
@@ -187,13 +187,13 @@ def memory() -> int:
 def long(steps: int, data_dir: str | None) -> bool:
     """Return True if memory stays constant during a long run and its records are complete."""
     samples: list[tuple[int, float, int]] = []
-    show = logs.Progress.show
+    show = console.Progress.show
 
     def watch(progress, step, *values):
         samples.append((step, time.perf_counter(), memory()))
         show(progress, step, *values)
 
-    logs.Progress.show = watch
+    console.Progress.show = watch
     config = Config(
         name="long",
         model=Softmax(),

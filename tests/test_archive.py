@@ -12,9 +12,11 @@ import pytest
 from conftest import assert_same, small
 
 import flaxmnist as fm
-from flaxmnist import archive, folders, runs, sweeps
+from flaxmnist import runs
 from flaxmnist.config import MLP
 from flaxmnist.errors import Stopped, UserError
+from flaxmnist.store import archive, folders
+from flaxmnist.sweeps import sweeps
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxmnist.augment import affine, elastic, resample
-from flaxmnist.augment import augment as eager_augment
 from flaxmnist.config import Augment
+from flaxmnist.core.augment import affine, elastic, resample
+from flaxmnist.core.augment import augment as eager_augment
 
 ALL = Augment(shift=2.0, rotate=15.0, scale=0.1, elastic=1.0)
 KINDS = [Augment(shift=2.0), Augment(rotate=15.0), Augment(scale=0.1), Augment(elastic=1.0), ALL]

@@ -17,10 +17,13 @@ import pytest
 from conftest import ROOT, small
 from PIL import Image
 
-from flaxmnist import benchmarks, inspection, order, parallel, peer, steps
 from flaxmnist.config import load_experiment
+from flaxmnist.core import steps
+from flaxmnist.data import order
+from flaxmnist.devices import parallel, program
 from flaxmnist.errors import UserError
 from flaxmnist.runs import fit
+from flaxmnist.speed import benchmarks, torch_peer
 
 launch = SimpleNamespace(**runpy.run_path(str(ROOT / "launch/benchmark.py")))
 
@@ -43,7 +46,7 @@ def test_results_of_an_experiment_are_consistent(brief, few, tmp_path):
     result = benchmarks.measure(config, few, peers)
     assert result["name"] == "small"
     assert result["images_per_second"] == result["steps_per_second"] * config.train.batch_size
-    operations = inspection.step_cost(config, few).operations
+    operations = program.step_cost(config, few).operations
     assert result["gflops_per_second"] * 1e9 == pytest.approx(result["steps_per_second"] * operations)
     assert result["share_of_peak"] == pytest.approx(result["gflops_per_second"] / result["peak_gflops_per_second"])
     assert set(result["peer_steps_per_second"]) == {"slow", "fast"}
@@ -110,9 +113,11 @@ def test_full_runs_match_fit(brief, few):
 def test_the_peer_process_serves_requests(monkeypatch, capsys):
     """Each line is a mode and a number of steps, and is answered when they are done."""
     calls = []
-    monkeypatch.setattr(peer, "trainer", lambda config, data, compiled: lambda count: calls.append((compiled, count)))
+    monkeypatch.setattr(
+        torch_peer, "trainer", lambda config, data, compiled: lambda count: calls.append((compiled, count))
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO("eager 3\ncompiled 20\n"))
-    peer.serve(ROOT / "experiments/quickstart.py", None)
+    torch_peer.serve(ROOT / "experiments/quickstart.py", None)
     assert calls == [(False, 3), (True, 20)]
     assert capsys.readouterr().out == "done\ndone\n"
 
@@ -137,8 +142,8 @@ def test_missing_pytorch_is_reported():
 @pytest.mark.parametrize("name", ["quickstart", "softmax_beginners", "mlp_scratch", "record"])
 def test_pytorch_models_have_as_many_parameters(name, few):
     config = order.resolve_length(load_experiment(ROOT / f"experiments/{name}.py"), len(few.train.labels))
-    peer.trainer(config, few, compiled=False)(2)
-    network = peer.make_model(config.model, few)
+    torch_peer.trainer(config, few, compiled=False)(2)
+    network = torch_peer.make_model(config.model, few)
     params = steps.create_state(config, (28, 28), 10).params
     assert sum(p.numel() for p in network.parameters()) == sum(leaf.size for leaf in jax.tree.leaves(params))
 

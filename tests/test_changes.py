@@ -14,7 +14,7 @@ PATCHES = sorted((ROOT / "tests/changes").glob("*.patch"))
 CHANGED = """
 import flaxmnist as fm
 from flaxmnist.config import *
-from flaxmnist.inspection import parameter_table
+from flaxmnist.show.text import parameter_table
 
 config = Config(
     name="changed",

@@ -8,9 +8,10 @@ import pytest
 from conftest import assert_same, small
 
 import flaxmnist as fm
-from flaxmnist import manifest, runs
+from flaxmnist import runs
 from flaxmnist.errors import UserError
-from flaxmnist.results import Run
+from flaxmnist.store import manifest
+from flaxmnist.store.results import Run
 
 CONFIG = small("mlp", checkpoint_every=8, evaluate_every=8)
 

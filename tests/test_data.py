@@ -21,7 +21,7 @@ from tensorflow_datasets.core.download.resource import get_dl_fname
 from tensorflow_datasets.core.utils import Size
 
 from flaxmnist.config import Data
-from flaxmnist.data import load_data
+from flaxmnist.data.sets import load_data
 from flaxmnist.errors import UserError
 
 DATA_DIR = Path(os.environ.get("FLAXMNIST_DATA") or Path(__file__).parents[2] / "shared" / "tensorflow_datasets")
@@ -280,7 +280,7 @@ def test_original_files_are_preferred_to_array_records(requests: list[str], tmp_
 @pytest.mark.slow
 def test_real_mnist_from_its_original_files_without_tensorflow():
     code = (
-        "import sys; from flaxmnist.data import load_data; data = load_data('mnist', sys.argv[1]);"
+        "import sys; from flaxmnist.data.sets import load_data; data = load_data('mnist', sys.argv[1]);"
         "assert 'tensorflow' not in sys.modules;"
         "print(data.validation.labels[:5], data.train.images.shape, data.test.images.shape, data.classes)"
     )

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from flaxmnist import digits
-from flaxmnist.digits import find_images, read_digit, to_mnist_form
+from flaxmnist.data import photos
+from flaxmnist.data.photos import find_images, read_digit, to_mnist_form
 from flaxmnist.errors import UserError
 
 
@@ -226,7 +226,7 @@ def test_error_for_files_that_are_not_images(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message) as error:
             read_digit(tmp_path / name)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
-    monkeypatch.setattr(digits, "MAX_PIXELS", 70_000)
+    monkeypatch.setattr(photos, "MAX_PIXELS", 70_000)
     with pytest.raises(UserError, match=r"intact\.png has over"):
         read_digit(tmp_path / "intact.png")
 

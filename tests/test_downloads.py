@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flaxmnist import downloads
-from flaxmnist.downloads import fetch, obtain, sha256
+from flaxmnist.data import downloads
+from flaxmnist.data.downloads import fetch, obtain, sha256
 from flaxmnist.errors import UserError
 
 BODY = bytes(range(256)) * 4096  # 1 MiB, so that it comes in several blocks

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 import flaxmnist as fm
-from flaxmnist import evaluation
+from flaxmnist.devices import evaluation
 
 
 @pytest.mark.parametrize("size", [1, 2, 249, 250, 251, 360])

@@ -15,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_runs import stop_at
 
 import flaxmnist as fm
-from flaxmnist import archive, events, folders
+from flaxmnist.core import models
 from flaxmnist.errors import Stopped, UserError
+from flaxmnist.store import archive, folders, tensorboard
 
 CONFIG = small(checkpoint_every=5, evaluate_every=5, keep=10)
 
@@ -50,7 +51,7 @@ def recorded(folder) -> list[tuple[str, int, float]]:
     return sorted(
         (tag, record["step"], float(np.float32(value)))
         for record in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        for tag, value in events.scalars(record).items()
+        for tag, value in tensorboard.scalars(record).items()
     )
 
 
@@ -82,7 +83,7 @@ def test_every_scalar_and_image_is_found(finished):
     }
     weights = np.asarray(Image.open(io.BytesIO(found["weights"][20])))
     model = fm.load_run(finished).model
-    np.testing.assert_array_equal(weights, events.mosaic(fm.models.first_weights(model)))
+    np.testing.assert_array_equal(weights, tensorboard.mosaic(models.first_weights(model)))
     assert len(list((finished / "tensorboard").iterdir())) == 1
 
 
@@ -221,7 +222,7 @@ def test_failed_writes_are_repeated(few, finished, tmp_path, monkeypatch, caplog
 
 
 def test_a_custom_model_has_no_image_of_weights(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(fm.models, "first_weights", lambda model, shape: None)
+    monkeypatch.setattr(models, "first_weights", lambda model, shape: None)
     fit(few, tmp_path, small())
     assert set(images(tmp_path)) == {"validation/confusion", "test/confusion"}
 
@@ -232,15 +233,15 @@ def test_only_numbers_are_scalars():
         {"step": 1, "epoch": 0, "split": "batch", "probabilities": [[0.5, 0.5]]},
         {"step": 2, "epoch": 0, "split": "skipped", "count": 3},
     ]
-    assert [events.scalars(record) for record in records] == [
+    assert [tensorboard.scalars(record) for record in records] == [
         {"train/loss": 0.5, "train/accuracy": 1}, {}, {"skipped/count": 3},
     ]  # fmt: skip
 
 
 def test_offset_of_step():
     text = b'{"step": 1}\n{"step": 4}\n{"step": 4}\n{"step": 9}\n'
-    assert [text[events.offset_of_step(step, text) :].count(b"\n") for step in (0, 2, 4, 5, 10)] == [4, 3, 3, 1, 0]
-    assert events.offset_of_step(0, b"") == 0
+    assert [text[tensorboard.offset_of_step(step, text) :].count(b"\n") for step in (0, 2, 4, 5, 10)] == [4, 3, 3, 1, 0]
+    assert tensorboard.offset_of_step(0, b"") == 0
 
 
 # --- Images ---------------------------------------------------------------------------------------------------------
@@ -251,39 +252,41 @@ WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
 def test_mosaic_tiles_weights():
     weights = np.zeros((10, 4, 6), np.float32)
     weights[0, 1, 2], weights[9, 3, 5] = 2, -2
-    picture = events.mosaic(weights)
+    picture = tensorboard.mosaic(weights)
     scale = 480 // (5 * 7 - 1)
     assert picture.shape == ((2 * 5 - 1) * scale, (5 * 7 - 1) * scale, 3)
     small = picture[::scale, ::scale]
     np.testing.assert_array_equal(small.repeat(scale, axis=0).repeat(scale, axis=1), picture)
     assert (tuple(small[1, 2]), tuple(small[-1, -1])) == (BLUE, RED)
     assert (small != 255).any(axis=2).sum() == 2, "zero is white"
-    assert tuple(events.mosaic(weights / 4)[scale, 2 * scale]) == BLUE, "colours are relative to the largest weight"
+    assert tuple(tensorboard.mosaic(weights / 4)[scale, 2 * scale]) == BLUE, (
+        "colours are relative to the largest weight"
+    )
 
 
 @pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (7, 3, 3), (32, 4, 8), (64, 8, 8), (512, 8, 8)])
 def test_mosaic_fills_its_rows(count, rows, columns):
-    height, width, _ = events.mosaic(np.ones((count, 3, 3), np.float32)).shape
+    height, width, _ = tensorboard.mosaic(np.ones((count, 3, 3), np.float32)).shape
     assert height * (columns * 4 - 1) == width * (rows * 4 - 1)
 
 
 def test_zero_weights_are_white():
-    assert (events.mosaic(np.zeros((10, 28, 28), np.float32)) == 255).all()
+    assert (tensorboard.mosaic(np.zeros((10, 28, 28), np.float32)) == 255).all()
 
 
 def test_confusion_picture():
     confusion = np.array([[900, 100], [0, 0]])
-    picture = events.confusion_picture(confusion)
+    picture = tensorboard.confusion_picture(confusion)
     # Corners of the cells, which hold no text.
     cells = {(row, column): picture[58 + 40 * row, 58 + 40 * column] for row in (0, 1) for column in (0, 1)}
     assert cells[0, 0].sum() < cells[0, 1].sum() < 765
     assert tuple(cells[1, 0]) == tuple(cells[1, 1]) == WHITE, "a class without images"
-    another = events.confusion_picture(np.array([[899, 100], [0, 0]]))
+    another = tensorboard.confusion_picture(np.array([[899, 100], [0, 0]]))
     assert (picture != another).any(), "the counts are shown"
 
 
 @pytest.mark.parametrize("classes", [2, 10, 47, 256])
 def test_confusion_picture_has_a_reasonable_size_for_any_number_of_classes(classes):
-    picture = events.confusion_picture(np.ones((classes, classes), np.int64))
+    picture = tensorboard.confusion_picture(np.ones((classes, classes), np.int64))
     assert picture.dtype == np.uint8
     assert 100 < max(picture.shape) < 900

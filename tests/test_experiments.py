@@ -12,8 +12,11 @@ from conftest import ROOT, small
 from jax import export
 
 import flaxmnist as fm
-from flaxmnist import config, evaluation, fields, order, steps
+from flaxmnist import config, fields
 from flaxmnist.config import CNN, MLP, SGD, Adam, Config, Objective, Softmax
+from flaxmnist.core import steps
+from flaxmnist.data import order
+from flaxmnist.devices import evaluation
 
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
 LARGE = {"cnn_experts", "cnn_layers", "record", "speedrun"}

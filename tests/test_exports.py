@@ -17,9 +17,11 @@ from jax import export
 from safetensors.numpy import load_file, save
 
 import flaxmnist as fm
-from flaxmnist import evaluation, exports, fields, trained
+from flaxmnist import fields
 from flaxmnist.config import CNN
+from flaxmnist.devices import evaluation
 from flaxmnist.errors import UserError
+from flaxmnist.store import exports, trained
 
 # Rounding differences from another order of float32 sums, relative to the largest logit.
 TOLERANCE = 1e-5

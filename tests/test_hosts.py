@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT
 
 import flaxmnist as fm
-from flaxmnist import hosts
+from flaxmnist.devices import processes
 from flaxmnist.errors import UserError
 
 SMALL = """
@@ -104,15 +104,15 @@ LAUNCHED = {
 @pytest.mark.parametrize("launcher", SINGLE | LAUNCHED)
 def test_only_a_launcher_of_several_processes_is_detected(launcher, monkeypatch):
     monkeypatch.setattr(os, "environ", (SINGLE | LAUNCHED)[launcher])
-    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: name == "kubernetes" or None)
-    assert hosts.is_launched() == (launcher in LAUNCHED)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "kubernetes" or None)
+    assert processes.is_launched() == (launcher in LAUNCHED)
 
 
 def test_a_kubernetes_job_without_the_kubernetes_package_is_an_error(monkeypatch):
     monkeypatch.setattr(os, "environ", LAUNCHED["a job's pod"])
-    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the extra kubernetes"):
-        hosts.is_launched()
+        processes.is_launched()
 
 
 @pytest.mark.parametrize(
@@ -126,14 +126,14 @@ def test_a_kubernetes_job_without_the_kubernetes_package_is_an_error(monkeypatch
     ],
 )
 def test_invalid_addresses(arguments, message):
-    with pytest.raises(UserError, match=message), hosts.join_processes(*arguments):
+    with pytest.raises(UserError, match=message), processes.join_processes(*arguments):
         pass
 
 
 def test_a_port_in_use():
     with socket.create_server(("", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(UserError, match="cannot listen on the port"), hosts.join_processes(address, 2, 0):
+        with pytest.raises(UserError, match="cannot listen on the port"), processes.join_processes(address, 2, 0):
             pass
 
 
@@ -153,14 +153,14 @@ class Store(dict):
 @pytest.fixture
 def watchdogs(monkeypatch):
     """A function that makes the watchdog of a process, and the list of (process, lost process) they report."""
-    monkeypatch.setattr(hosts, "HEARTBEAT_INTERVAL", 0.02)
+    monkeypatch.setattr(processes, "HEARTBEAT_INTERVAL", 0.02)
     lost: list[tuple[int, int]] = []
-    monkeypatch.setattr(hosts.Watchdog, "exit_without", lambda dog, other: lost.append((dog.process_id, other)))
+    monkeypatch.setattr(processes.Watchdog, "exit_without", lambda dog, other: lost.append((dog.process_id, other)))
 
-    def make(index: int, count: int, store) -> hosts.Watchdog:
+    def make(index: int, count: int, store) -> processes.Watchdog:
         state = SimpleNamespace(client=store, process_id=index, num_processes=count, coordinator_address="127.0.0.1:1")
-        monkeypatch.setattr(hosts.distributed, "global_state", state)
-        return hosts.Watchdog(heartbeat=0.3)
+        monkeypatch.setattr(processes.distributed, "global_state", state)
+        return processes.Watchdog(heartbeat=0.3)
 
     return make, lost
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flaxmnist.data.idx import read_idx
 from flaxmnist.errors import UserError
-from flaxmnist.idx import read_idx
 
 
 def idx(values: np.ndarray) -> bytes:

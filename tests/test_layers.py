@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flaxmnist import config, layers
+from flaxmnist import config
+from flaxmnist.core import layers
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from flaxmnist import logs
+from flaxmnist import console
 
 PROGRESS = r"[\d,.]+ steps/s, [\d,]+ images/s, loss \d\.\d{4}, accuracy \d\.\d{4}, \d\d:\d\d left"
 
 
-def progress(start: int = 0, seconds: float = 10.0) -> logs.Progress:
+def progress(start: int = 0, seconds: float = 10.0) -> console.Progress:
     """Return the progress of 1,000 steps of 50 images, started ``seconds`` ago."""
-    bar = logs.Progress(1000, start, 50)
+    bar = console.Progress(1000, start, 50)
     bar.start_time -= seconds
     return bar
 
@@ -29,7 +29,7 @@ def progress(start: int = 0, seconds: float = 10.0) -> logs.Progress:
 @pytest.fixture
 def lines(caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="flaxmnist")
-    monkeypatch.setattr(logs, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
     return lambda: [record.getMessage() for record in caplog.records]
 
 
@@ -44,7 +44,7 @@ def test_without_a_terminal_progress_is_a_line(lines, capfd):
 
 
 def test_lines_come_every_30_seconds(lines, monkeypatch):
-    monkeypatch.setattr(logs, "LINE_SECONDS", 30.0)
+    monkeypatch.setattr(console, "LINE_SECONDS", 30.0)
     bar = progress()
     bar.show(1)
     assert lines() == []
@@ -69,13 +69,13 @@ def test_no_time_left_is_shown_before_the_first_step(lines):
 
 CODE = """
 import sys, time
-from flaxmnist import logs
-logs.show_messages(sys.argv[1])
-bar = logs.Progress(1000, 0, 50)
+from flaxmnist import console
+console.show_messages(sys.argv[1])
+bar = console.Progress(1000, 0, 50)
 for step in (250, 500, 1000):
     time.sleep(0.15)
     bar.show(step, 1 / step, 0.5)
-    logs.logger.info("a line at step %d", step)
+    console.logger.info("a line at step %d", step)
 bar.close()
 """
 

@@ -11,9 +11,10 @@ from conftest import MODELS
 from flax import nnx
 
 import flaxmnist as fm
-from flaxmnist import config, layers, models
+from flaxmnist import config
+from flaxmnist.core import layers, models
+from flaxmnist.core.steps import stream_key
 from flaxmnist.errors import UserError
-from flaxmnist.steps import stream_key
 
 
 @pytest.mark.parametrize("model", [fm.Softmax, fm.MLP, fm.CNN])

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from flaxmnist import config
-from flaxmnist.optim import make_optimizer, schedule
+from flaxmnist.core.optim import make_optimizer, schedule
 
 GRADIENTS = [np.array(g) for g in ([1.0, -2.0], [0.5, 0.5], [-3.0, 1.0])]
 

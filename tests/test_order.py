@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flaxmnist import config, order
+from flaxmnist import config
+from flaxmnist.data import order
+from flaxmnist.data.order import batch_indices, permutation, resolve_length, steps_per_epoch
 from flaxmnist.errors import UserError
-from flaxmnist.order import batch_indices, permutation, resolve_length, steps_per_epoch
 
 
 def experiment(batch_size=4, steps: int | None = 100, epochs: int | None = None, seed=0, **data) -> config.Config:

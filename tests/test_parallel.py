@@ -10,10 +10,11 @@ import pytest
 from conftest import MODELS, ROOT, assert_same, small
 
 import flaxmnist as fm
-from flaxmnist import benchmarks, parallel, program, scaling
 from flaxmnist.config import MLP, SGD, Adam, Augment, Config, Data, Softmax
-from flaxmnist.data import Split
+from flaxmnist.data.sets import Split
+from flaxmnist.devices import parallel, program
 from flaxmnist.errors import UserError
+from flaxmnist.speed import benchmarks, scaling
 
 
 def one_epoch(model: str, dropout: float = 0.0, **data) -> Config:

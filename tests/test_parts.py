@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from conftest import small
 
-from flaxmnist import parts, program, sweeps
 from flaxmnist.config import Adam
+from flaxmnist.devices import program
 from flaxmnist.errors import Stopped, UserError
+from flaxmnist.sweeps import parts, sweeps
 
 
 @pytest.mark.slow

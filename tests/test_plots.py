@@ -9,9 +9,10 @@ from conftest import small
 from flax import nnx
 
 import flaxmnist as fm
-from flaxmnist import figures, models, plots
+from flaxmnist.core import models
 from flaxmnist.errors import UserError
-from flaxmnist.parts import Sweep
+from flaxmnist.show import figures, plots
+from flaxmnist.sweeps.parts import Sweep
 
 
 @pytest.fixture(scope="module")

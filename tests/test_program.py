@@ -7,7 +7,7 @@ import pytest
 
 PRINT_CACHE = """
 import jax
-from flaxmnist import program
+from flaxmnist.devices import program
 jax.default_backend = lambda: {backend!r}
 program.use_compilation_cache()
 print(jax.config.jax_compilation_cache_dir)

@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.interpolate import make_interp_spline
 
 import flaxmnist as fm
-from flaxmnist import inspection
-from flaxmnist.digits import read_digit
+from flaxmnist.data.photos import read_digit
 from flaxmnist.errors import exit_code
+from flaxmnist.show import text
 
 # Pen strokes of each digit: points (x, y) in percent of the width and height, from the top left.
 STROKES = [
@@ -88,7 +88,7 @@ def test_good_model_reads_drawn_and_printed_digits(tmp_path):
 def test_image_is_shown_next_to_its_prediction():
     image = np.zeros((28, 28, 1), np.uint8)
     image[4:6, 10], image[7, 3] = 255, 128
-    lines = inspection.show_prediction("a.png", image, np.array([0.25, 0.75, *[0.0] * 8])).splitlines()
+    lines = text.show_prediction("a.png", image, np.array([0.25, 0.75, *[0.0] * 8])).splitlines()
     assert len(lines) == 14
     assert lines[2][11] == "█" and lines[3][4] == "░", "two rows of pixels per line"
     assert {line[1:29] for line in lines} - {lines[2][1:29], lines[3][1:29]} == {" " * 28}

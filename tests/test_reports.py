@@ -14,8 +14,10 @@ from conftest import main, small
 from PIL import Image
 
 import flaxmnist as fm
-from flaxmnist import evaluation, reports, sweeps
+from flaxmnist.devices import evaluation
 from flaxmnist.errors import Stopped, UserError
+from flaxmnist.show import reports
+from flaxmnist.sweeps import sweeps
 
 # The pictures for a CNN, in the order of the page.
 PICTURES = [

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import flaxmnist as fm
-from flaxmnist import fields, parallel, runs
+from flaxmnist import fields, runs
 from flaxmnist.config import CNN, MLP, Adam, Augment, Config, Cosine, Data, Muon, OneCycle
-from flaxmnist.digits import read_digit
+from flaxmnist.data.idx import read_idx
+from flaxmnist.data.photos import read_digit
+from flaxmnist.devices import parallel
 from flaxmnist.errors import Stopped, UserError
-from flaxmnist.idx import read_idx
 
 MORE = 20  # factor for the number of cases in the slow suite
 
@@ -221,7 +222,7 @@ def test_run_folders(count, few, tmp_path):
 
 @cases(15)
 def test_sweep_folders(count, few, tmp_path):
-    from flaxmnist import ensembles, sweeps
+    from flaxmnist.sweeps import ensembles, sweeps
 
     def sweep(folder, **options):
         return sweeps.run([(small(steps=2), few)], [0, 1], [{}], devices=1, workdir=folder, **options)

@@ -11,9 +11,11 @@ import pytest
 from conftest import MODELS, assert_same, small
 
 import flaxmnist as fm
-from flaxmnist import logs, program, runs, trained
+from flaxmnist import console, runs
 from flaxmnist.config import CNN, SGD, Adam, Augment, Data, Objective
+from flaxmnist.devices import program
 from flaxmnist.errors import Diverged, Stopped, UserError
+from flaxmnist.store import trained
 
 
 def fit(config, data, *arguments, **options):
@@ -425,7 +427,7 @@ def test_file_order_needs_the_original_files(few):
 
 
 def test_seconds_by_kind_of_work(few):
-    clock = logs.Clock()
+    clock = console.Clock()
     with clock("import"):
         pass
     seconds = fit(small(), few, clock=clock).result["seconds"]

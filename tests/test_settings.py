@@ -2,8 +2,8 @@
 
 import pytest
 
-from flaxmnist import settings
 from flaxmnist.errors import UserError
+from flaxmnist.sweeps import settings
 
 
 def test_combinations_in_order():

@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from flaxmnist import signals
+from flaxmnist.devices import signals
 
 SMALL = """
 from flaxmnist.config import *

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from flaxmnist import evaluation, statistics
+from flaxmnist.devices import evaluation
+from flaxmnist.sweeps import statistics
 
 
 def test_summary_by_hand():

@@ -10,9 +10,10 @@ import pytest
 from conftest import MODELS, assert_same, small
 
 import flaxmnist as fm
-from flaxmnist import order, steps
 from flaxmnist.config import SGD, Adam, Augment, Config, Data, Objective
-from flaxmnist.state import Batch, Metrics, TrainState
+from flaxmnist.core import steps
+from flaxmnist.core.state import Batch, Metrics, TrainState
+from flaxmnist.data import order
 
 
 def make_batch(data, size: int, padding: int = 0) -> Batch:

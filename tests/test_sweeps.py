@@ -12,9 +12,11 @@ import pytest
 from conftest import MODELS, ROOT, assert_same, small
 
 import flaxmnist as fm
-from flaxmnist import ensembles, parallel, parts, plots, program, sweeps
 from flaxmnist.config import SGD, Adam, Exponential, Objective, OneCycle, TruncatedNormal
+from flaxmnist.devices import parallel, program
 from flaxmnist.errors import UserError
+from flaxmnist.show import plots
+from flaxmnist.sweeps import ensembles, parts, sweeps
 
 
 def swept(config, data, **options) -> fm.Sweep:
@@ -321,7 +323,9 @@ def test_killed_sweep_resumes_to_the_same_results(tmp_path):
 
 
 def test_devices_exchange_no_bytes(few):
-    from flaxmnist import order, parallel, scaling
+    from flaxmnist.data import order
+    from flaxmnist.devices import parallel
+    from flaxmnist.speed import scaling
 
     config = order.resolve_length(small("mlp", steps=4), 70)
     mesh = parallel.make_mesh(4)

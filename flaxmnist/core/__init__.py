@@ -1,0 +1,1 @@
+"""Pure functions of arrays: no devices, no disk, no printing, no jit."""

@@ -1,0 +1,185 @@
+"""The models as Flax modules: images in, logits out.
+
+Images are uint8, or floats in [0, 1]. A training step passes ``dropout``, a function that drops values of its argument.
+Without it a model is deterministic, as evaluation and prediction use it.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.nn import initializers
+from jaxtyping import Array, Float
+
+from flaxmnist import config
+from flaxmnist.core import layers
+from flaxmnist.core.layers import Images
+from flaxmnist.errors import UserError
+
+Logits = Float[Array, "b classes"]
+Dropout = Callable[[Array], Array]
+
+
+def keep_all(x: Array) -> Array:
+    """Return ``x`` unchanged: no dropout."""
+    return x
+
+
+class Softmax(nnx.Module):
+    """Softmax regression: logits = pixels·Wᵀ + b, with one row of W per class."""
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int] = (28, 28),
+        classes: int = 10,
+        kernel_init: initializers.Initializer = initializers.zeros,
+        bias_init: initializers.Initializer = initializers.zeros,
+        rngs: nnx.Rngs,
+    ):
+        self.dense = layers.Dense(math.prod(shape), classes, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
+
+    def __call__(self, images: Images, dropout: Dropout = keep_all) -> Logits:
+        return self.dense(dropout(layers.flatten(layers.normalise(images))))
+
+
+class MLP(nnx.Module):
+    """A sequence of dense layers, with ReLU after each but the last."""
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int] = (28, 28),
+        classes: int = 10,
+        hidden: Sequence[int] = (512,),
+        kernel_init: initializers.Initializer = layers.LECUN_NORMAL,
+        bias_init: initializers.Initializer = initializers.zeros,
+        rngs: nnx.Rngs,
+    ):
+        sizes = (math.prod(shape), *hidden, classes)
+        self.layers = nnx.List(
+            layers.Dense(inputs, outputs, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
+            for inputs, outputs in pairwise(sizes)
+        )
+
+    def __call__(self, images: Images, dropout: Dropout = keep_all) -> Logits:
+        x = layers.flatten(layers.normalise(images))
+        for layer in self.layers[:-1]:
+            x = dropout(jax.nn.relu(layer(x)))
+        return self.layers[-1](x)
+
+
+class CNN(nnx.Module):
+    """Convolution, 2×2 max-pooling and ReLU for each of ``features``; dense with ReLU; dropout; dense.
+
+    ``space_to_depth`` is the side of the blocks of pixels that first become channels. This speeds up the first
+    convolution, because a single input channel makes poor use of matrix units.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int] = (28, 28),
+        classes: int = 10,
+        features: Sequence[int] = (32, 64),
+        kernel: Sequence[int] = (5,),
+        space_to_depth: int = 1,
+        padding: layers.Padding = "SAME",
+        dense: int = 1024,
+        kernel_init: initializers.Initializer = layers.LECUN_NORMAL,
+        bias_init: initializers.Initializer = initializers.zeros,
+        rngs: nnx.Rngs,
+    ):
+        initial = {"kernel_init": kernel_init, "bias_init": bias_init, "rngs": rngs}
+        self.space_to_depth = space_to_depth
+        kernels = tuple(kernel) * len(features) if len(kernel) == 1 else tuple(kernel)
+        self.convs = nnx.List(
+            layers.Conv(inputs, outputs, side, padding=padding, **initial)
+            for (inputs, outputs), side in zip(pairwise((space_to_depth**2, *features)), kernels, strict=True)
+        )
+        height, width = (-(-size // space_to_depth) for size in shape)
+        for side in kernels:
+            height, width = (-(-layers.output_size(size, side, padding) // 2) for size in (height, width))
+        if height < 1 or width < 1:
+            raise UserError(
+                f"the CNN has no pixel left of {shape[0]}×{shape[1]} after {len(features)} {padding} convolutions "
+                f"with kernels {kernels} and pooling: use a smaller model.kernel, fewer model.features or padding SAME"
+            )
+        self.dense = layers.Dense(height * width * features[-1], dense, **initial)
+        self.logits = layers.Dense(dense, classes, **initial)
+
+    def feature_maps(self, images: Images) -> list[Float[Array, "b _ _ _"]]:
+        """Return the output of each convolution after pooling and ReLU: [b, height, width, features]."""
+        x = layers.space_to_depth(layers.normalise(images), self.space_to_depth)
+        # ReLU after pooling gives the same values with a quarter of the work.
+        return [x := jax.nn.relu(conv(x, pool=True)) for conv in self.convs]
+
+    def __call__(self, images: Images, dropout: Dropout = keep_all) -> Logits:
+        x = jax.nn.relu(self.dense(layers.flatten(self.feature_maps(images)[-1])))
+        return self.logits(dropout(x))
+
+
+def first_weights(model: nnx.Module, shape: tuple[int, int] = (28, 28)) -> Float[np.ndarray, "n h w"] | None:
+    """Return the weights of the first layer as ``n`` images, one per output; None for models not in this file.
+
+    A dense layer's weights have the ``shape`` of the images. Those of a convolution over blocks are unfolded to pixels.
+    """
+    match model:
+        case Softmax():
+            return np.asarray(model.dense.kernel[...]).reshape(-1, *shape)
+        case MLP():
+            return np.asarray(model.layers[0].kernel[...]).reshape(-1, *shape)
+        case CNN():
+            kernel, block = np.asarray(model.convs[0].kernel[...]), model.space_to_depth
+            side, _, _, outputs = kernel.shape
+            pixels = kernel.reshape(side, side, block, block, outputs).transpose(4, 0, 2, 1, 3)
+            return pixels.reshape(outputs, side * block, side * block)
+        case _:
+            return None
+
+
+def make_model(model: config.Model, shape: tuple[int, int], classes: int, rngs: nnx.Rngs) -> Softmax | MLP | CNN:
+    """Return the module that ``model`` describes, for images of ``shape`` (height, width)."""
+    common = {
+        "shape": shape,
+        "classes": classes,
+        "kernel_init": layers.initializer(model.kernel_init),
+        "bias_init": layers.initializer(model.bias_init),
+        "rngs": rngs,
+    }
+    match model:
+        case config.Softmax():
+            return Softmax(**common)
+        case config.MLP(hidden=hidden):
+            return MLP(hidden=hidden, **common)
+        case config.CNN():
+            return CNN(
+                features=model.features,
+                kernel=model.kernel,
+                space_to_depth=model.space_to_depth,
+                padding=model.padding,
+                dense=model.dense,
+                **common,
+            )
+
+
+def with_weights(
+    model: config.Model, shape: tuple[int, int], classes: int, weights: Mapping[str, np.ndarray]
+) -> nnx.Module:
+    """Return the module of ``make_model`` with the given ``weights``, named by dotted paths such as "convs.0.kernel".
+
+    Raise UserError if their names, shapes or dtypes differ from those of the module.
+    """
+    graphdef, variables = nnx.split(nnx.eval_shape(lambda: make_model(model, shape, classes, nnx.Rngs(0))))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(variables))
+    expected = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if wrong := sorted(expected.keys() ^ weights.keys()):
+        raise UserError(f"the weights have {'no' if wrong[0] in expected else 'unknown'} {wrong[0]!r}")
+    for name, leaf in expected.items():
+        if (weights[name].shape, weights[name].dtype) != (leaf.shape, leaf.dtype):
+            found, needed = (f"{array.dtype} {list(array.shape)}" for array in (weights[name], leaf))
+            raise UserError(f"the weights {name} are {found}, but the model needs {needed}")
+    return nnx.merge(graphdef, jax.tree.unflatten(tree, [jax.numpy.asarray(weights[name]) for name in expected]))

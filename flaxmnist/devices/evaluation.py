@@ -1,0 +1,113 @@
+"""Predictions for any number of images, and exact scores."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32
+
+from flaxmnist.core.layers import Images
+from flaxmnist.devices import parallel
+from flaxmnist.errors import UserError
+
+# Images per device in one forward pass: enough for fast kernels, few enough to keep a CNN's activations in cache.
+FORWARD_BATCH = 250
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Scores of a model on ``count`` images."""
+
+    loss: float  # mean cross-entropy, in nats
+    accuracy: float  # fraction of correct predictions
+    count: int  # images
+    confusion: Int[np.ndarray, "classes classes"]  # images by true class (row) and prediction (column)
+
+
+def forward(
+    graphdef: nnx.GraphDef, params: Any, images: Images, indices: Int32[Array, "k m"]
+) -> Float[Array, "k m classes"]:
+    """Return the logits of the images at ``indices``, in batches of ``m``."""
+    model = nnx.merge(graphdef, params)
+    return jax.lax.map(lambda rows: model(images[rows]), indices)
+
+
+_forward = partial(jax.jit, static_argnums=0)(forward)
+
+
+def predict_logits(model: nnx.Module, images: Images) -> Float[np.ndarray, "n classes"]:
+    """Return the logits of one or more images, without dropout, computed on all devices that hold the weights."""
+    if len(images) == 0:
+        raise UserError("there are no images to predict: pass at least one")
+    graphdef, params = nnx.split(model)
+    mesh = parallel.mesh_of(params)
+    num_shards = 1 if mesh is None else mesh.shape[parallel.BATCH]
+    size = num_shards * min(FORWARD_BATCH, -(-len(images) // num_shards))
+    # The last batch is padded with copies of the last image, whose logits are cut off below.
+    indices = np.minimum(np.arange(len(images) + -len(images) % size, dtype=np.int32), len(images) - 1)
+    indices = indices.reshape(-1, size)
+    if mesh is None:
+        logits = _forward(graphdef, params, images, indices)
+    else:
+        inputs = parallel.put(images, parallel.replicated(mesh)), parallel.put(indices, parallel.sharded_columns(mesh))
+        logits = parallel.gather(_forward(graphdef, params, *inputs), mesh)
+    return np.asarray(logits).reshape(indices.size, -1)[: len(images)]
+
+
+def log_softmax(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:
+    """Return the logarithm of each row's softmax, in double precision."""
+    with np.errstate(invalid="ignore"):  # infinite logits give NaN
+        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def predict(model: nnx.Module, images: Images) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n classes"]]:
+    """Return the most probable class of each image, and the probabilities of all classes, which sum to 1."""
+    logits = predict_logits(model, images)
+    return logits.argmax(axis=1), np.exp(log_softmax(logits))
+
+
+def evaluate(model: nnx.Module, images: Images, labels: Int32[np.ndarray, " n"]) -> Evaluation:
+    """Return loss, accuracy and confusion matrix over exactly these images."""
+    return score_logits(predict_logits(model, images), np.asarray(labels))
+
+
+def score_logits(logits: Float[np.ndarray, "n classes"], labels: Int32[np.ndarray, " n"]) -> Evaluation:
+    """Return the scores of ``logits`` against ``labels``."""
+    predictions = logits.argmax(axis=1)
+    confusion = np.zeros((logits.shape[1], logits.shape[1]), np.int64)
+    np.add.at(confusion, (labels, predictions), 1)
+    losses = -np.take_along_axis(log_softmax(logits), labels[:, None], axis=1)
+    return Evaluation(
+        loss=float(losses.mean()),
+        accuracy=float((predictions == labels).mean()),
+        count=len(labels),
+        confusion=confusion,
+    )
+
+
+class Reliability(NamedTuple):
+    """Predictions in equal bins of their confidence: their number, and the sums of confidences and of correct ones."""
+
+    counts: Int[np.ndarray, " bins"]
+    confidence: Float[np.ndarray, " bins"]
+    correct: Float[np.ndarray, " bins"]
+
+    def error(self) -> float:
+        """Return the mean of |accuracy − confidence| over the bins, weighted by their counts.
+
+        This is the expected calibration error of Guo et al. 2017, "On calibration of modern neural networks".
+        """
+        return float(np.abs(self.correct - self.confidence).sum() / self.counts.sum())
+
+
+def reliability(
+    probabilities: Float[np.ndarray, "n classes"], labels: Int32[np.ndarray, " n"], bins: int = 15
+) -> Reliability:
+    """Bin the predictions by their confidence, the probability of the predicted class."""
+    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    rows = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    return Reliability(*(np.bincount(rows, weights, minlength=bins) for weights in (None, confidence, correct)))

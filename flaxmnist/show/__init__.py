@@ -1,0 +1,1 @@
+"""What a person looks at: text tables, figures, pages. Only this package uses Matplotlib."""

@@ -1,0 +1,258 @@
+"""HTML reports on a run, several runs, or a sweep, with the pictures also as files."""
+
+import base64
+import html
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from flaxmnist import fields
+from flaxmnist.core.models import CNN, Softmax
+from flaxmnist.data.sets import Dataset, Split
+from flaxmnist.devices import evaluation
+from flaxmnist.devices.evaluation import Evaluation
+from flaxmnist.errors import UserError
+from flaxmnist.show import figures, plots, text
+from flaxmnist.store import folders, results, trained
+from flaxmnist.store.results import Run
+from flaxmnist.sweeps import parts
+from flaxmnist.sweeps.parts import Sweep
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Picture(NamedTuple):
+    """A picture of a report."""
+
+    name: str  # file name without suffix
+    caption: str
+    figure: "Figure"
+
+
+class Section(NamedTuple):
+    """A section of a report: preformatted text, and pictures."""
+
+    title: str
+    text: str
+    pictures: Iterable[Picture]
+
+
+def write(workdirs: Sequence[Path], out: Path | None = None, data_dir: Path | None = None) -> tuple[Path, list[Path]]:
+    """Write ``report.html``, and each picture to ``plots/``; return their paths.
+
+    ``out`` defaults to the folder of the run or sweep, or to the common parent of several runs. Raise UserError if a
+    folder is neither run nor sweep or is damaged, if one of several is a sweep, if the data cannot be loaded, or if
+    ``out`` cannot be written to.
+    """
+    sweep_folders = [folder for folder in workdirs if os.path.exists(folder / "sweep.json")]
+    if sweep_folders and len(workdirs) > 1:
+        raise UserError(f"{sweep_folders[0]} is a sweep: pass only this folder, or only runs to compare")
+    if sweep_folders:
+        with folders.damage_as_user_error(sweep_folders[0]):
+            return write_sweep(parts.load_sweep(sweep_folders[0]), sweep_folders[0], out)
+    if len(workdirs) == 1:
+        folder = workdirs[0]
+        run = results.load_run(folder)
+        return save(folder.resolve().name, run_sections(folder, run, data_dir), out or folder)
+    parents = {folder.resolve().parent for folder in workdirs}
+    if out is None and len(parents) > 1:
+        raise UserError("the runs are in several folders: pass --out")
+    common = Path(os.path.commonpath(parents))
+    runs = {str(folder.resolve().relative_to(common)): results.load_run(folder) for folder in workdirs}
+    if len(runs) < len(workdirs):
+        raise UserError("a run is listed twice: pass each run once")
+    return save(f"{len(runs)} runs", comparison_sections(runs), out or common)
+
+
+def write_sweep(sweep: Sweep, folder: Path, out: Path | None = None) -> tuple[Path, list[Path]]:
+    """Write the report of a sweep in ``folder``, as ``write`` does."""
+    return save(
+        folder.resolve().name, [Section("Results", text.sweep_report(sweep), sweep_pictures(sweep))], out or folder
+    )
+
+
+# --- Contents -------------------------------------------------------------------------------------------------------
+
+
+def run_sections(folder: Path, run: Run, data_dir: Path | None) -> Iterator[Section]:
+    """Yield the sections for one run, evaluated on the test images if it is finished, else on the validation images."""
+    data = trained.load_training_data(folder, run.config, run.data, data_dir)
+    yield Section("Result", "\n".join(f"{name:<20} {value}" for name, value in facts(run)), [])
+    yield Section("Training", "", training_pictures(run))
+    split_name, split = ("test", data.test) if run.result else ("validation", data.validation)
+    if split is not None:
+        logits = evaluation.predict_logits(run.model, split.images)
+        scores, probabilities = evaluation.score_logits(logits, split.labels), np.exp(evaluation.log_softmax(logits))
+        pictures = prediction_pictures(split, probabilities, scores)
+        yield Section(f"Predictions on the {split_name} images", "", pictures)
+        yield Section("Scores of each class", text.class_scores(scores), [])
+    yield Section("Model", text.parameter_table(run.state.params), model_pictures(run, data))
+    yield Section("Data", "", data_pictures(data))
+    yield Section("Config", "\n".join(f"{name} = {value}" for name, value in flat_config(run).items()), [])
+
+
+def training_pictures(run: Run) -> Iterator[Picture]:
+    yield Picture("history", "Cost and accuracy against the epoch.", plots.history(run))
+    if sum(record["split"] == "train" for record in run.history) > 1:
+        interval = run.config.train.log_every
+        batches = "every batch" if interval == 1 else f"one batch in {interval}"
+        caption = f"Cost of {batches}, before its update; one curve per epoch."
+        yield Picture("batch_costs", caption, plots.batch_costs(run))
+
+
+def prediction_pictures(
+    split: Split, probabilities: Float[np.ndarray, "n classes"], scores: Evaluation
+) -> Iterator[Picture]:
+    yield Picture("confusion", "Number of images by true class and prediction.", plots.confusion(scores.confusion))
+    if not np.isfinite(probabilities).all():
+        return  # the model diverged: it has no confidence, and no worst mistakes
+    if scores.accuracy < 1:
+        caption = "The worst mistakes: the true and the predicted class, each with its probability."
+        yield Picture("mistakes", caption, plots.mistakes(*split, probabilities))
+    caption = "Fraction of correct predictions against their confidence."
+    yield Picture("calibration", caption, plots.calibration(probabilities, split.labels))
+
+
+def model_pictures(run: Run, data: Dataset) -> Iterator[Picture]:
+    height, width = run.data["shape"]
+    try:
+        figure = plots.weights(run.model, (height, width))
+    except UserError:  # a custom model
+        return
+    meaning = "blue is evidence for the class, red is evidence against it"
+    meaning = meaning if isinstance(run.model, Softmax) else "blue above zero, red below"
+    yield Picture("weights", f"Weights of the first layer: {meaning}.", figure)
+    if isinstance(run.model, CNN):
+        caption = "Feature maps of the convolutions for the first training image, after pooling and ReLU."
+        yield Picture("feature_maps", caption, plots.feature_maps(run.model, data.train.images[0]))
+
+
+def data_pictures(data: Dataset) -> Iterator[Picture]:
+    images, labels = data.train
+    yield Picture("examples", "The first training images of each class.", plots.examples(images, labels))
+    yield Picture("digit", "The first training image.", plots.digit(images[0], int(labels[0])))
+    yield Picture("values", "Distribution of pixel values in the training images.", plots.values(images))
+
+
+def comparison_sections(runs: Mapping[str, Run]) -> Iterator[Section]:
+    """Yield the sections for several runs."""
+    rows: list[tuple[str, ...]] = [("run", "test accuracy", "loss", "validation", "steps", "parameters", "training s")]
+    for name, run in runs.items():
+        row = [run.result.get(key) for key in ("test_accuracy", "test_loss", "validation_accuracy")]
+        row += [int(run.state.step), run.result.get("params"), run.result.get("seconds", {}).get("train")]
+        rows.append((name, *map(format_value, row)))
+    yield Section("Results", text.format_table(rows), comparison_pictures(runs))
+    configs = {name: flat_config(run) for name, run in runs.items()}
+    table: list[tuple[str, ...]] = [("field", *configs)]
+    for field in dict.fromkeys(field for config in configs.values() for field in config):
+        if len({str(config.get(field)) for config in configs.values()}) > 1:
+            table.append((field, *(str(config.get(field, "")) for config in configs.values())))
+    yield Section("Fields that differ", text.format_table(table), [])
+
+
+def comparison_pictures(runs: Mapping[str, Run]) -> Iterator[Picture]:
+    yield Picture("history", "Cost and accuracy against the epoch.", plots.history(runs))
+    if any(run.result for run in runs.values()):
+        yield Picture("accuracies", "Test accuracy of each run.", plots.accuracies(runs))
+
+
+def sweep_pictures(sweep: Sweep) -> Iterator[Picture]:
+    if all(trial["failed"] is not None for trial in sweep.members):
+        return
+    yield Picture("curves", "Accuracy against the step, by setting.", plots.curves(sweep))
+    yield Picture("distribution", "Accuracy of each seed, by setting.", plots.distribution(sweep))
+    for field, values in sweep.result["over"].items():
+        if len(values) > 1 and all(isinstance(value, int | float) for value in values):
+            yield Picture(field, f"Accuracy against {field}.", plots.against(sweep, field))
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """Return the main facts about a run, as names and values."""
+    result, steps = run.result, int(run.state.step)
+    rows = [("experiment", run.config.name), ("seed", str(run.config.seed))]
+    if result:
+        packages = ("python", "jax", "flax", "optax")
+        rate = format_value(result["steps_per_second"])
+        versions = [f"{name} {version}" for name, version in result["versions"].items() if name in packages]
+        rows += [
+            ("test accuracy", f"{result['test_accuracy']:.4f} of {result['test_count']:,} images"),
+            ("test loss", f"{result['test_loss']:.4f} nats per image"),
+            ("validation accuracy", format_value(result["validation_accuracy"]) or "no validation images"),
+            ("steps", f"{steps:,}, {result['epochs']:.3g} epochs, {rate} per second"),
+            ("parameters", f"{result['params']:,}"),
+            ("seconds", ", ".join(f"{name} {seconds:.1f}" for name, seconds in result["seconds"].items())),
+            ("devices", f"{result['devices']} {result['device_kind']}, backend {result['backend']}"),
+            ("versions", ", ".join(versions)),
+        ]
+    else:
+        rows += [("steps", f"{steps:,} of {run.config.train.length:,}: not finished")]
+    return [*rows, ("data", run.data["name"])]
+
+
+def flat_config(run: Run) -> dict[str, object]:
+    """Return the fields of a run's config by dotted name."""
+    return fields.flatten(fields.to_json(run.config))
+
+
+def format_value(value: object) -> str:
+    """Return a value as text for a table, or "" for None."""
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# --- HTML -----------------------------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }}
+pre {{ overflow-x: auto; font-size: 0.8rem; line-height: 1.35; }}
+figure {{ margin: 1.5rem 0; break-inside: avoid; }}
+img {{ max-width: min(100%, 56rem); background: white; }}
+figcaption {{ color: #555; }}
+h2 {{ margin-top: 3rem; border-bottom: 1px solid #ccc; break-after: avoid; }}
+@media print {{ pre {{ white-space: pre-wrap; font-size: 7pt; }} }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+
+
+def save(title: str, sections: Iterable[Section], out: Path) -> tuple[Path, list[Path]]:
+    """Write the page and its pictures to ``out``; return their paths. Raise UserError if that fails."""
+    page, body, files = out / "report.html", [], []
+    for section in sections:
+        body.append(f"<h2>{html.escape(section.title)}</h2>")
+        if section.text:
+            body.append(f"<pre>{html.escape(section.text)}</pre>")
+        for name, caption, figure in section.pictures:
+            content, caption = figures.png(figure), html.escape(caption)
+            files.append(out / "plots" / f"{name}.png")
+            write_bytes(files[-1], content)
+            source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+            body.append(f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>')
+    text = PAGE.format(title=html.escape(title), body="\n".join(body))
+    write_bytes(page, text.encode(errors="replace"))
+    return page, files
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, and create its folder if needed. Raise UserError if that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; pass another --out") from None

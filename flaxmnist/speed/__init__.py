@@ -1,0 +1,1 @@
+"""How fast experiments train and evaluate, next to other frameworks."""

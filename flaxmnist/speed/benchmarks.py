@@ -1,0 +1,264 @@
+"""Training and evaluation speed of an experiment on this machine, optionally compared with PyTorch.
+
+Speeds are medians over rounds. Each round times every trainer once, so that a machine that slows down for a while
+slows down all of them. Training uses the same compiled program as ``fit``.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from flaxmnist.config import Config, load_experiment
+from flaxmnist.core import steps
+from flaxmnist.core.state import TrainState
+from flaxmnist.data import order
+from flaxmnist.data.sets import Dataset, load_data
+from flaxmnist.devices import evaluation, parallel, program
+from flaxmnist.show import figures, text
+from flaxmnist.speed import torch_peer
+from flaxmnist.store import folders, results
+
+# Target duration of one timing in seconds, and the number of timings.
+STRETCH_SECONDS = 0.5
+ROUNDS = 5
+
+# Side of the square matrices whose product measures the peak rate of the device.
+MATRIX = 2048
+
+
+class Trainer:
+    """The training path of ``fit``, starting at step 0."""
+
+    def __init__(self, config: Config, data: Dataset, mesh: Mesh, backend: program.Backend = "jit"):
+        parallel.check_batch(config.train.batch_size, mesh)
+        self.state, self.step = program.initial_state(config, data, mesh), 0
+        train = program.put_split(data.train, mesh)
+        start = time.perf_counter()
+        self.compiled = program.Program(config, self.state, train, mesh, backend)
+        self.compile_seconds = time.perf_counter() - start
+
+    def run(self, count: int) -> None:
+        """Train for ``count`` more steps."""
+        self.state = jax.block_until_ready(advance(self.compiled, self.state, self.step, count))
+        self.step += count
+
+
+def advance(compiled: program.Program, state: TrainState, step: int, count: int) -> TrainState:
+    """Return ``state``, which is at ``step``, after ``count`` more steps."""
+    for first in range(step, step + count, compiled.capacity):
+        state, _ = compiled(state, first, min(compiled.capacity, step + count - first))
+    return state
+
+
+def full_run(config: Config, data: Dataset) -> tuple[float, float]:
+    """Return the training time in seconds and the test accuracy of a full run.
+
+    The time covers all training work after compilation, from arrays in host memory to trained parameters: transfer of
+    the data to the device, initial values, batch order and steps. It does not include evaluation.
+    """
+    mesh = parallel.make_mesh()
+    state = program.initial_state(config, data, mesh)
+    compiled = program.Program(config, state, program.put_split(data.train, mesh), mesh)
+    start = time.perf_counter()
+    state = program.initial_state(config, data, mesh)
+    compiled.train = program.put_split(data.train, mesh)
+    state = jax.block_until_ready(advance(compiled, state, 0, config.train.length))
+    seconds = time.perf_counter() - start
+    return seconds, evaluation.evaluate(state.model, *data.test).accuracy
+
+
+def full_runs(config: Config, data: Dataset, count: int) -> dict[str, list[float]]:
+    """Return the training times in seconds and the test accuracies of full runs with the seeds 0 to ``count`` − 1."""
+    seconds, accuracies = zip(*(full_run(replace(config, seed=seed), data) for seed in range(count)), strict=True)
+    return {"seconds": list(seconds), "test_accuracy": list(accuracies)}
+
+
+def time_of(function: Callable[[], Any]) -> float:
+    """Return the seconds that one call of ``function`` takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def compare_speeds(trainers: dict[Any, Callable[[int], None]]) -> dict[Any, np.ndarray]:
+    """Return the steps per second of each trainer in each round.
+
+    A warm-up compiles, and finds the number of steps that take about STRETCH_SECONDS.
+    """
+    counts = {}
+    for name, train in trainers.items():
+        train(1)  # the first step may compile
+        count, seconds = 1, time_of(partial(train, 1))
+        while seconds < STRETCH_SECONDS / 4:
+            count *= 2
+            seconds = time_of(partial(train, count))
+        counts[name] = max(1, round(count * STRETCH_SECONDS / seconds))
+    speeds = {name: np.zeros(ROUNDS) for name in trainers}
+    for i in range(ROUNDS):
+        for name, train in trainers.items():
+            speeds[name][i] = counts[name] / time_of(partial(train, counts[name]))
+    return speeds
+
+
+def median(values: np.ndarray | list[float]) -> float:
+    return float(np.median(values))
+
+
+def measure(config: Config, data: Dataset, peers: dict[str, Callable[[int], None]]) -> dict[str, Any]:
+    """Return the speeds of an experiment, compared with ``peers`` and with the peak rate of the device."""
+    trainer = Trainer(config, data, parallel.make_mesh())
+    speeds = compare_speeds({"flaxmnist": trainer.run} | peers)
+    medians = {name: median(speed) for name, speed in speeds.items()}
+    rate = medians.pop("flaxmnist")
+    operations, peak = program.step_cost(config, data).operations, matrix_rate()
+    result = {
+        "name": config.name,
+        "batch_size": config.train.batch_size,
+        "steps": config.train.length,
+        "steps_per_second": rate,
+        "images_per_second": rate * config.train.batch_size,
+        "compile_seconds": trainer.compile_seconds,
+        "gflop_per_step": operations / 1e9,
+        "gflops_per_second": rate * operations / 1e9,
+        "peak_gflops_per_second": peak / 1e9,
+        "share_of_peak": rate * operations / peak,
+        "evaluate_images_per_second": evaluation_speed(config, data),
+        "peak_memory_bytes": results.peak_memory(),
+        "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "versions": folders.versions(),
+    }
+    if peers:
+        result["peer_steps_per_second"] = medians
+        # The median ratio over rounds, to the peer with the best median.
+        result["ratio_to_peer"] = median(speeds["flaxmnist"] / speeds[max(peers, key=medians.__getitem__)])
+    return result
+
+
+def load(experiment: Path, data_dir: Path | None) -> tuple[Config, Dataset]:
+    """Return the config of an experiment file, with its length in steps, and its data."""
+    config = load_experiment(experiment)
+    data = load_data(config.data, data_dir)
+    return order.resolve_length(config, len(data.train.labels)), data
+
+
+def run(experiment: Path, data_dir: Path | None, framework: Literal["torch"] | None, runs: int) -> dict[str, Any]:
+    """Return all results for an experiment file: speeds, startup times and, if ``runs`` is not 0, full runs."""
+    config, data = load(experiment, data_dir)
+    with torch_peer.trainers(experiment, data_dir) if framework else nullcontext({}) as peers:
+        result = measure(config, data, peers) | start_up_times(experiment, data_dir)
+    return result | ({"runs": full_runs(config, data, runs)} if runs else {})
+
+
+def format_results(header: str, cells: str, results: list[dict[str, Any]]) -> str:
+    """Return a table with a row per result. ``header`` is split at commas, the format strings ``cells`` at spaces."""
+    rows = [tuple(cell.format(**result) for cell in cells.split()) for result in results]
+    return text.format_table([tuple(header.split(", ")), *rows])
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    """Return the results as two tables: speeds, and the time until the first step is done."""
+    rows = []
+    for result in results:
+        ratio, memory = result.get("ratio_to_peer"), text.megabytes(result["peak_memory_bytes"])
+        rows.append(result | {"ratio": "" if ratio is None else f"{ratio:.2f}", "memory": memory})
+    header = "experiment, batch, steps/s, images/s, GFLOP/s, of peak, evaluated/s, × peer"
+    cells = "{name} {batch_size} {steps_per_second:,.1f} {images_per_second:,.0f} {gflops_per_second:,.1f} "
+    cells += "{share_of_peak:.0%} {evaluate_images_per_second:,.0f} {ratio}"
+    speeds = format_results(header, cells, rows)
+    header = "seconds to the first step, import, data, compile, step, total, GFLOP/step, peak memory"
+    seconds = (f"{{start_up_seconds[{name}]:.2f}}" for name in ("import", "data", "compile", "train", "first_step"))
+    cells = " ".join(("{name}", *seconds, "{gflop_per_step:.3g} {memory}"))
+    return f"{speeds}\n\n{format_results(header, cells, rows)}"
+
+
+def runs_report(results: list[dict[str, Any]]) -> str:
+    """Return the full runs as a table."""
+    rows = [("experiment", "runs", "training s", "peer s", "test accuracy", "minimum", "runs ≥ 99 %")]
+    for result in results:
+        seconds, accuracies = (np.array(result["runs"][name]) for name in ("seconds", "test_accuracy"))
+        peers, ddof = result.get("peer_steps_per_second"), min(1, len(seconds) - 1)
+        rows.append(
+            (
+                result["name"],
+                str(len(seconds)),
+                f"{seconds.mean():.3f} ± {seconds.std(ddof=ddof):.3f}",
+                f"{result['steps'] / max(peers.values()):.3f}" if peers else "",
+                f"{accuracies.mean():.3%} ± {accuracies.std(ddof=ddof):.3%}",
+                f"{accuracies.min():.2%}",
+                f"{np.mean(accuracies >= 0.99):.0%}",
+            )
+        )
+    return text.format_table(rows)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Write a bar chart of the images per second of each experiment and its peers to ``path``."""
+    speeds = [{"flaxmnist": item["steps_per_second"]} | item.get("peer_steps_per_second", {}) for item in results]
+    names = list(dict.fromkeys(name for speed in speeds for name in speed))
+    figure, axes = figures.plot(1.5 + 1.4 * len(results), 4)
+    for i, name in enumerate(names):
+        heights = [item["batch_size"] * speed.get(name, np.nan) for item, speed in zip(results, speeds, strict=True)]
+        positions = np.arange(len(results)) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
+        bars = axes.bar(positions, heights, 0.8 / len(names), label=name, color=figures.COLOURS[i])
+        axes.bar_label(bars, fmt="{:,.0f}", fontsize=7)
+    axes.set_xticks(range(len(results)), [result["name"] for result in results])
+    axes.set_yscale("log")
+    axes.set_ylabel("training images per second")
+    axes.set_title(results[0]["device"])
+    axes.legend()
+    figures.save(figure, path)
+
+
+def matrix_rate() -> float:
+    """Return the operations per second of the product of two large float32 matrices on one device: the best round."""
+    matrix = jax.random.normal(jax.random.key(0), (MATRIX, MATRIX))
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(matrix, matrix))
+    return 2 * MATRIX**3 / min(time_of(lambda: jax.block_until_ready(product(matrix, matrix))) for _ in range(ROUNDS))
+
+
+def evaluation_speed(config: Config, data: Dataset) -> float:
+    """Return the test images per second, from images to logits, both in host memory."""
+    model = steps.create_state(config, data.train.images.shape[1:3], data.classes).model
+    evaluation.predict_logits(model, data.test.images)
+    seconds = [time_of(lambda: evaluation.predict_logits(model, data.test.images)) for _ in range(ROUNDS)]
+    return len(data.test.labels) / median(seconds)
+
+
+def start_up_times(experiment: Path, data_dir: Path | None) -> dict[str, dict[str, float]]:
+    """Return the startup times with an empty compilation cache and, on accelerators, again with a warm one."""
+    if jax.default_backend() == "cpu":
+        return {"start_up_seconds": start_up_time(experiment, data_dir, {})}
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {"JAX_COMPILATION_CACHE_DIR": cache}
+        names = ("start_up_seconds", "warm_start_up_seconds")
+        return {name: start_up_time(experiment, data_dir, environment) for name in names}
+
+
+def start_up_time(experiment: Path, data_dir: Path | None, environment: dict[str, str]) -> dict[str, float]:
+    """Return the seconds from the start of ``launch/train.py`` to the end of its first step, in total and by phase."""
+    train = Path(__file__).parent.parent / "launch/train.py"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, train, experiment, "--train.steps", "1", "--workdir", folder, "--log-level", "error"]
+        command += ["--data-dir", data_dir] if data_dir else []
+        start = time.perf_counter()
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, env=os.environ | environment)
+        total = time.perf_counter() - start
+        seconds = json.loads((Path(folder) / "result.json").read_text())["seconds"]
+    phases = {name: seconds[name] for name in ("import", "data", "compile", "train")}
+    # Evaluation, the checkpoint and the shutdown of the process come after the first step.
+    return phases | {"first_step": sum(phases.values()), "whole_command": total}

@@ -1,0 +1,175 @@
+"""Export of a trained model for use without flaxmnist: its weights as safetensors, the whole model as StableHLO.
+
+The StableHLO file is written by ``jax.export``: a program that contains the weights and takes any number of images, on
+CPU, CUDA and TPU. JAX guarantees that versions of the next six months can read it; older versions may not.
+"""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, UInt8
+
+from flaxmnist import fields
+from flaxmnist.config import Config
+from flaxmnist.core import models
+from flaxmnist.devices import evaluation
+from flaxmnist.errors import UserError
+from flaxmnist.store import folders
+from flaxmnist.store.files import write_file, write_json
+from flaxmnist.store.trained import Trained, get_split, load_training_data
+
+SUFFIXES = (".safetensors", ".stablehlo")
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+# A script of ten lines that does not need flaxmnist.
+LOADER = '''"""python load.py IMAGES.npy (uint8 [n, {height}, {width}, 1], white on black), with jax and flatbuffers."""
+import sys
+from pathlib import Path
+
+import jax.export
+import numpy as np
+
+program = jax.export.deserialize(bytearray(Path(__file__).with_name("model.stablehlo").read_bytes()))
+logits = jax.jit(program.call)  # images -> [n, {classes}], float32
+images = np.load(sys.argv[1])
+for start in range(0, len(images), 250):  # all at once might take gigabytes of memory
+    print(*np.asarray(logits(images[start : start + 250])).argmax(axis=1), sep="\\n")
+'''
+
+
+def write(trained: Trained, folder: Path) -> list[Path]:
+    """Write model.safetensors, model.stablehlo, load.py and model.json to ``folder``, overwriting an earlier export.
+
+    The weights are the averaged ones if the run has them. model.json holds config, data, step, the JAX version, and the
+    SHA-256 of both models. Raise UserError if the extra is not installed, or ``folder`` cannot be written to.
+    """
+    check_extra("launch/export.py")
+    from safetensors.numpy import save
+
+    metadata = {"config": fields.to_json(trained.config), "data": trained.data, "step": int(trained.state.step)}
+    weights = fields.flatten(jax.device_get(trained.state.weights))
+    (height, width), classes = trained.data["shape"], trained.data["classes"]
+    contents = {
+        "model.safetensors": save(weights, {"flaxmnist": json.dumps(metadata)}),
+        "model.stablehlo": stablehlo(trained.model, trained.data["shape"]),
+        "load.py": LOADER.format(height=height, width=width, classes=classes).encode(),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "load.py").exists() and not (folder / "model.json").exists():
+            raise UserError(f"{folder} has a load.py that is not part of an export: pass another --out")
+        for name, content in contents.items():
+            write_file(folder / name, content)
+        digests = {suffix: sha256(contents[f"model{suffix}"]) for suffix in SUFFIXES}
+        write_json(folder / "model.json", metadata | {"jax": jax.__version__, "sha256": digests})
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; pass another --out") from None
+    return [folder / name for name in (*contents, "model.json")]
+
+
+def stablehlo(model: nnx.Module, shape: tuple[int, int] | list[int]) -> bytes:
+    """Return the program that maps images, uint8 [n, *shape, 1], to logits, float32 [n, classes], for any n ≥ 1."""
+    from jax import export
+
+    def logits(images):
+        return model(images)  # pyright: ignore[reportCallIssue]
+
+    (count,) = export.symbolic_shape("n")
+    images = jax.ShapeDtypeStruct((count, *shape, 1), np.uint8)
+    name = "jax_traceback_in_locations_limit"
+    before = jax.config.values[name]
+    # Tracebacks would put local paths into the file, and make each export of a run different.
+    jax.config.update(name, 0)
+    try:
+        return bytes(export.export(jax.jit(logits), platforms=PLATFORMS)(images).serialize())
+    finally:
+        jax.config.update(name, before)
+
+
+def evaluate(file: Path, split: str = "test", data_dir: str | Path | None = None) -> evaluation.Evaluation:
+    """Evaluate the model in ``file``, which ends in one of SUFFIXES, on a split of the data it was trained on.
+
+    Needs the model.json of the same export. Results from safetensors are bitwise identical to those of the run folder;
+    logits from StableHLO agree to 1e-5 of the largest. Raise UserError if a file is missing or damaged, if the extra is
+    not installed, or if ``data_dir`` holds other data.
+    """
+    check_extra(f"reading {file}")
+    content, metadata = read_export(file)
+    config: Config = fields.from_json(metadata["config"], Config)
+    images, labels = get_split(file, load_training_data(file, config, metadata["data"], data_dir), split)
+    if file.suffix == ".stablehlo":
+        return evaluation.score_logits(predict_logits(file, content, metadata, images), labels)
+    return evaluation.evaluate(load_model(file, content, config, metadata["data"]), images, labels)
+
+
+def read_export(file: Path) -> tuple[bytes, dict[str, Any]]:
+    """Return the content of ``file`` and of its model.json. Raise UserError if either is missing or damaged."""
+    metadata_file = file.with_suffix(".json")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    if not metadata_file.exists():
+        raise UserError(f"{file} has no {metadata_file.name} next to it: copy it from the export")
+    metadata = folders.read_json(metadata_file)
+    folders.check_description(metadata_file, metadata)
+    with folders.damage_as_user_error(metadata_file.parent):
+        digest = metadata["sha256"][file.suffix]
+    if sha256(content) != digest:
+        raise UserError(f"{file} does not match its SHA-256 in {metadata_file}: export the run again")
+    return content, metadata
+
+
+def load_model(file: Path, content: bytes, config: Config, data: dict[str, Any]) -> nnx.Module:
+    """Return the model of ``config`` with the weights of a safetensors file. Raise UserError if they do not fit."""
+    from safetensors.numpy import load
+
+    try:
+        weights = load(content)
+    except Exception as error:  # safetensors raises several types
+        raise UserError(f"{file} is not a safetensors file: {one_line(error)}") from None
+    try:
+        return models.with_weights(config.model, tuple(data["shape"]), data["classes"], weights)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def predict_logits(
+    file: Path, content: bytes, metadata: dict[str, Any], images: UInt8[np.ndarray, "n h w 1"]
+) -> Float[np.ndarray, "n classes"]:
+    """Run the program of a StableHLO file on each image. Raise UserError if it fails or returns anything but logits."""
+    from jax import export
+
+    # The usual batches: 10,000 images at once take a large CNN 2 GB, and twice as long.
+    starts = range(0, len(images), evaluation.FORWARD_BATCH)
+    try:
+        call = jax.jit(export.deserialize(bytearray(content)).call)
+        batches = [np.asarray(call(images[start : start + evaluation.FORWARD_BATCH])) for start in starts]
+    except Exception as error:  # a damaged program can raise anything
+        versions = f"written with JAX {metadata.get('jax')}, cannot be run with JAX {jax.__version__}"
+        raise UserError(f"{file}, {versions}: {one_line(error)}") from None
+    logits, classes = np.concatenate(batches), metadata["data"]["classes"]
+    if (logits.shape, logits.dtype) != ((len(images), classes), np.float32):
+        found = f"{logits.dtype} {list(logits.shape)}"
+        raise UserError(f"{file} must return {classes} float32 logits per image, not {found}")
+    return logits
+
+
+def check_extra(action: str) -> None:
+    """Raise UserError if the packages that ``action`` needs are not installed."""
+    if any(importlib.util.find_spec(name) is None for name in ("flatbuffers", "safetensors")):
+        raise UserError(f"{action} needs the extra export: pip install -c constraints.txt -e '.[export]'")
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,1 @@
+"""Many runs at once: trials over seeds × settings, their statistics and ensembles."""
