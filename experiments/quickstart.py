@@ -5,11 +5,11 @@
 98.94 ± 0.32 % of the 360 test images (mean ± std, seeds 0–9), 7 s on two cores of a Xeon with AVX-512.
 """
 
-from flaxmnist.config import CNN, Adam, Config, Cosine, Data, Train
+from flaxmnist.config import Adam, CNNConfig, Config, Cosine, Data, Train
 
 config = Config(
     name="quickstart",
-    model=CNN(features=(16, 32), kernel=(3,), dense=128, dropout=0.3),
+    model=CNNConfig(features=(16, 32), kernel=(3,), dense=128, dropout=0.3),
     optimizer=Adam(learning_rate=2e-3, schedule=Cosine()),
     data=Data(name="digits"),
     train=Train(batch_size=50, epochs=20, log_every=50, evaluate_every=100),

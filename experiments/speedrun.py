@@ -6,11 +6,11 @@ Here: 99.06 ± 0.07 % (mean ± std, seeds 0–29), 1.51 ± 0.02 s of training an
 AVX-512; the published record's recipe, experiments/record.py, takes PyTorch 3.7 s there at best.
 """
 
-from flaxmnist.config import CNN, Config, Data, Muon, Objective, OneCycle, Train
+from flaxmnist.config import CNNConfig, Config, Data, Muon, Objective, OneCycle, Train
 
 config = Config(
     name="speedrun",
-    model=CNN(features=(32, 64), kernel=(3,), space_to_depth=2, padding="VALID", dense=96),
+    model=CNNConfig(features=(32, 64), kernel=(3,), space_to_depth=2, padding="VALID", dense=96),
     optimizer=Muon(
         learning_rate=0.02,
         momentum=0.8,

@@ -7,13 +7,23 @@ small dataclasses, so that every field is used. The run folder and the devices a
 import math
 import re
 import runpy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from flaxmnist.errors import UserError
-from flaxmnist.fields import check_types
+from flaxmnist.fields import In, check_fields
+
+# Bounds of fields, which are checked when a config is made and shown by --help.
+Count = Annotated[int, In(1, 2**31 - 1)]  # int32
+Natural = Annotated[int, In(0, 2**31 - 1)]
+Finite = Annotated[float, In(-math.inf, math.inf, "()")]
+NonNegative = Annotated[float, In(0, math.inf, "[)")]
+Positive = Annotated[float, In(0, math.inf, "()")]
+Fraction = Annotated[float, In(0, 1)]
+BelowOne = Annotated[float, In(0, 1, "[)")]
+AboveZero = Annotated[float, In(0, 1, "(]")]
+Side = Annotated[int, In(1, 28)]  # pixels
 
 # --- Initial values -------------------------------------------------------------------------------------------------
 
@@ -22,43 +32,43 @@ from flaxmnist.fields import check_types
 class Constant:
     """The same value everywhere."""
 
-    value: float = 0.0  # value
+    value: Finite = 0.0  # value
 
 
 @dataclass(frozen=True)
 class Normal:
     """Normal distribution with mean 0."""
 
-    stddev: float = 1.0  # standard deviation
+    stddev: NonNegative = 1.0  # standard deviation
 
 
 @dataclass(frozen=True)
 class TruncatedNormal:
     """Normal distribution with mean 0, truncated at two standard deviations."""
 
-    stddev: float = 0.1  # standard deviation before truncation
+    stddev: NonNegative = 0.1  # standard deviation before truncation
 
 
 @dataclass(frozen=True)
 class Uniform:
     """Uniform distribution on [low, high)."""
 
-    low: float = 0.0  # lower bound
-    high: float = 1.0  # upper bound
+    low: Finite = 0.0  # lower bound
+    high: Finite = 1.0  # upper bound
 
 
 @dataclass(frozen=True)
 class Glorot:
     """Uniform on ±scale·√(6 / (inputs + outputs)) (Glorot & Bengio 2010)."""
 
-    scale: float = 1.0  # factor on the bound
+    scale: NonNegative = 1.0  # factor on the bound
 
 
 @dataclass(frozen=True)
 class LeCun:
     """Truncated normal with standard deviation scale·√(1 / inputs) after truncation (LeCun et al. 1998)."""
 
-    scale: float = 1.0  # factor on the standard deviation
+    scale: NonNegative = 1.0  # factor on the standard deviation
 
 
 Initial = Constant | Normal | TruncatedNormal | Uniform | Glorot | LeCun
@@ -67,39 +77,39 @@ Initial = Constant | Normal | TruncatedNormal | Uniform | Glorot | LeCun
 
 
 @dataclass(frozen=True, kw_only=True)
-class Softmax:
+class SoftmaxConfig:
     """Softmax regression: one dense layer from pixels to classes."""
 
-    dropout: float = 0.0  # fraction of the pixels dropped in a training step, in [0, 1)
+    dropout: BelowOne = 0.0  # fraction of the pixels dropped in a training step
     kernel_init: Initial = Constant(0.0)  # initial weights
     bias_init: Initial = Constant(0.0)  # initial biases
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLP:
+class MLPConfig:
     """Dense layers with ReLU between them."""
 
-    hidden: tuple[int, ...] = (512,)  # units of each hidden layer, first to last
-    dropout: float = 0.0  # fraction of each hidden layer's units dropped in a training step, in [0, 1)
+    hidden: tuple[Annotated[int, In(1, 2**20)], ...] = (512,)  # units of each hidden layer, first to last
+    dropout: BelowOne = 0.0  # fraction of each hidden layer's units dropped in a training step
     kernel_init: Initial = LeCun()  # initial weights
     bias_init: Initial = Constant(0.0)  # initial biases
 
 
 @dataclass(frozen=True, kw_only=True)
-class CNN:
+class CNNConfig:
     """Convolutions, each with 2×2 max-pooling and ReLU; then a dense layer with ReLU, dropout, and a dense layer."""
 
-    features: tuple[int, ...] = (32, 64)  # channels of each convolution
-    kernel: tuple[int, ...] = (5,)  # sides of the square kernels, in pixels: one for all, or one per convolution
-    space_to_depth: int = 1  # side of the blocks of pixels that become channels before the first convolution; 1: none
+    features: tuple[Annotated[int, In(1, 2**16)], ...] = (32, 64)  # channels of each convolution
+    kernel: tuple[Side, ...] = (5,)  # sides of the square kernels, in pixels: one for all, or one per convolution
+    space_to_depth: Side = 1  # side of the blocks of pixels that become channels before the first convolution; 1: none
     padding: Literal["SAME", "VALID"] = "SAME"  # SAME keeps the size (stride 1), VALID loses kernel − 1 pixels
-    dense: int = 1024  # units of the hidden dense layer
-    dropout: float = 0.0  # fraction of the hidden dense layer's units dropped in a training step, in [0, 1)
+    dense: Annotated[int, In(1, 2**20)] = 1024  # units of the hidden dense layer
+    dropout: BelowOne = 0.0  # fraction of the hidden dense layer's units dropped in a training step
     kernel_init: Initial = LeCun()  # initial weights
     bias_init: Initial = Constant(0.0)  # initial biases
 
 
-Model = Softmax | MLP | CNN
+Model = SoftmaxConfig | MLPConfig | CNNConfig
 
 # --- Schedules: factors on the learning rate ------------------------------------------------------------------------
 
@@ -113,25 +123,25 @@ class Flat:
 class Cosine:
     """Cosine decay from the full rate to ``end`` times the full rate, after a linear warm-up from zero."""
 
-    warmup_steps: int = 0  # length of the warm-up, in updates
-    end: float = 0.0  # final rate as a fraction of the full rate, in [0, 1]
+    warmup_steps: Natural = 0  # length of the warm-up, in updates
+    end: Fraction = 0.0  # final rate as a fraction of the full rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneCycle:
     """Cosine increase from 1/start_divisor to the full rate, then decrease to 1/end_divisor (Smith & Topin 2017)."""
 
-    peak: float = 0.3  # position of the full rate, as a fraction of the run, in (0, 1)
-    start_divisor: float = 25.0  # full rate divided by the first rate
-    end_divisor: float = 1e5  # full rate divided by the last rate
+    peak: Annotated[float, In(0, 1, "()")] = 0.3  # position of the full rate, as a fraction of the run
+    start_divisor: Annotated[float, In(1)] = 25.0  # full rate divided by the first rate
+    end_divisor: Annotated[float, In(1)] = 1e5  # full rate divided by the last rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exponential:
     """Continuous exponential decay by a factor of ``decay`` per ``every`` updates."""
 
-    decay: float = 0.95  # factor, in (0, 1]
-    every: int = 1000  # updates per factor
+    decay: AboveZero = 0.95  # factor
+    every: Count = 1000  # updates per factor
 
 
 Schedule = Flat | Cosine | OneCycle | Exponential
@@ -140,41 +150,42 @@ Schedule = Flat | Cosine | OneCycle | Exponential
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGD:
+class BaseOptimizer:
+    """The fields that all optimizers have."""
+
+    learning_rate: Positive  # step size; the full rate of the schedule
+    schedule: Schedule = Flat()  # learning rate over the run
+    clip_norm: Positive | None = None  # maximum global norm of the gradient; None: no clipping
+    accumulate: Count = 1  # batches per update, gradients averaged equally; an incomplete last group is dropped
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(BaseOptimizer):
     """Stochastic gradient descent."""
 
-    learning_rate: float = 0.1  # step size; the full rate of the schedule
-    momentum: float = 0.0  # fraction of the previous update to add, in [0, 1)
+    learning_rate: Positive = 0.1  # step size; the full rate of the schedule
+    momentum: BelowOne = 0.0  # fraction of the previous update to add
     nesterov: bool = False  # Nesterov's momentum (needs momentum above 0)
-    schedule: Schedule = Flat()  # learning rate over the run
-    clip_norm: float | None = None  # maximum global norm of the gradient; None: no clipping
-    accumulate: int = 1  # batches per update, gradients averaged with equal weight; an incomplete last group is dropped
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adam:
+class Adam(BaseOptimizer):
     """Adam (Kingma & Ba 2015); with weight decay, AdamW (Loshchilov & Hutter 2019)."""
 
-    learning_rate: float = 1e-3  # step size; the full rate of the schedule
-    b1: float = 0.9  # decay of the moving average of the gradients, in [0, 1)
-    b2: float = 0.999  # decay of the moving average of their squares, in [0, 1)
-    eps: float = 1e-8  # added to the root of the average square
-    weight_decay: float = 0.0  # decoupled: an update subtracts learning rate × weight_decay × weight
-    schedule: Schedule = Flat()  # learning rate over the run
-    clip_norm: float | None = None  # maximum global norm of the gradient; None: no clipping
-    accumulate: int = 1  # batches per update, gradients averaged with equal weight; an incomplete last group is dropped
+    learning_rate: Positive = 1e-3  # step size; the full rate of the schedule
+    b1: BelowOne = 0.9  # decay of the moving average of the gradients
+    b2: BelowOne = 0.999  # decay of the moving average of their squares
+    eps: Positive = 1e-8  # added to the root of the average square
+    weight_decay: NonNegative = 0.0  # decoupled: an update subtracts learning rate × weight_decay × weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class Muon:
+class Muon(BaseOptimizer):
     """Orthogonalised momentum (Jordan et al. 2024) for matrices and kernels; Nadam (Dozat 2016) for biases."""
 
-    learning_rate: float = 0.02  # step size; the full rate of the schedule
-    momentum: float = 0.95  # decay of the moving average of the gradients, in [0, 1)
-    newton_schulz_steps: int = 5  # iterations that orthogonalise the average
-    schedule: Schedule = Flat()  # learning rate over the run
-    clip_norm: float | None = None  # maximum global norm of the gradient; None: no clipping
-    accumulate: int = 1  # batches per update, gradients averaged with equal weight; an incomplete last group is dropped
+    learning_rate: Positive = 0.02  # step size; the full rate of the schedule
+    momentum: BelowOne = 0.95  # decay of the moving average of the gradients
+    newton_schulz_steps: Annotated[int, In(1, 20)] = 5  # iterations that orthogonalise the average
 
 
 Optimizer = SGD | Adam | Muon
@@ -188,17 +199,17 @@ class Objective:
 
     form: Literal["logits", "probabilities"] = "logits"  # numerically stable, or −Σ y·log(softmax) as written
     labels: Literal["integer", "one_hot"] = "integer"  # labels index the logits, or are multiplied with them
-    label_smoothing: float = 0.0  # fraction of the target spread evenly over the classes, in [0, 1] (one_hot only)
+    label_smoothing: Fraction = 0.0  # fraction of the target spread evenly over the classes (one_hot only)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
     """Random transformations of the training images, different for every image and step; all 0: none."""
 
-    shift: float = 0.0  # maximum shift along each axis, in pixels
-    rotate: float = 0.0  # maximum rotation, in degrees
-    scale: float = 0.0  # maximum change of size, as a fraction, in [0, 1)
-    elastic: float = 0.0  # root mean square of a smooth random displacement, in pixels (Simard et al. 2003)
+    shift: Annotated[float, In(0, 14)] = 0.0  # maximum shift along each axis, in pixels
+    rotate: Annotated[float, In(0, 180)] = 0.0  # maximum rotation, in degrees
+    scale: BelowOne = 0.0  # maximum change of size, as a fraction
+    elastic: Annotated[float, In(0, 14)] = 0.0  # RMS of a smooth random displacement, in pixels (Simard et al. 2003)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,9 +217,9 @@ class Data:
     """The data set and the order of its images."""
 
     name: Literal["mnist", "fashion_mnist", "kmnist", "digits", "idx"] = "mnist"  # idx: IDX files in --data-dir
-    validation: int | None = None  # first images of the training file held out; None: 5,000, at most an eighth
+    validation: Natural | None = None  # first images of the training file held out; None: 5,000, at most an eighth
     order: Literal["shuffled", "file"] = "shuffled"  # shuffled again each epoch, or as in the file
-    order_seed: int | None = None  # seed of the shuffling; None: the run's seed
+    order_seed: Natural | None = None  # seed of the shuffling; None: the run's seed
     last_batch: Literal["keep", "drop"] = "keep"  # keep or drop the last batch of an epoch if it is short
     augment: Augment = Augment()  # random transformations of the training images
 
@@ -217,19 +228,19 @@ class Data:
 class Train:
     """The length of training, and what happens during it."""
 
-    batch_size: int = 100  # images per step
-    steps: int | None = None  # length in steps (set this or epochs)
-    epochs: int | None = None  # length in passes over the training images (set this or steps)
-    log_every: int = 100  # steps between training records
-    evaluate_every: int | None = None  # steps between evaluations on the validation images; None: only at the end
-    checkpoint_every: int | None = None  # steps between checkpoints; None: only at the end
-    keep: int = 2  # number of latest checkpoints to keep, besides the best by validation accuracy
+    batch_size: Count = 100  # images per step
+    steps: Count | None = None  # length in steps (set this or epochs)
+    epochs: Count | None = None  # length in passes over the training images (set this or steps)
+    log_every: Count = 100  # steps between training records
+    evaluate_every: Count | None = None  # steps between evaluations on the validation images; None: only at the end
+    checkpoint_every: Count | None = None  # steps between checkpoints; None: only at the end
+    keep: Count = 2  # number of latest checkpoints to keep, besides the best by validation accuracy
     report: Literal["loss", "epoch_cost", "batch_loss", "batch_accuracy", "probabilities"] = "loss"  # console lines
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype inside a training step; weights stay float32
-    ema_decay: float | None = None  # decay per step of the average of the weights used for evaluation; None: no average
-    stop_accuracy: float | None = None  # stop at this validation accuracy, a fraction; None: never
-    skip_nonfinite: int = 0  # consecutive steps with non-finite loss or gradient to skip before the run fails
-    patience: int | None = None  # stop after this many evaluations without improvement; None: never
+    ema_decay: BelowOne | None = None  # decay per step of the average of the weights for evaluation; None: no average
+    stop_accuracy: AboveZero | None = None  # stop at this validation accuracy, a fraction; None: never
+    skip_nonfinite: Natural = 0  # consecutive steps with non-finite loss or gradient to skip before the run fails
+    patience: Count | None = None  # stop after this many evaluations without improvement; None: never
 
     @property
     def length(self) -> int:
@@ -244,7 +255,7 @@ class Config:
     """One experiment. An invalid value raises a UserError that names its field."""
 
     name: str  # name of the experiment, and prefix of its run folders
-    seed: int = 0  # seed of initial values, dropout, augmentation and (unless data.order_seed is set) order
+    seed: Natural = 0  # seed of initial values, dropout, augmentation and (unless data.order_seed is set) order
     model: Model
     optimizer: Optimizer
     objective: Objective = Objective()
@@ -252,115 +263,71 @@ class Config:
     train: Train
 
     def __post_init__(self):
-        check_types(type(self), self)
-        for valid, message in rules(self):
-            if not valid:
-                raise UserError(message)
+        check_fields(self)
+        check_rules(self)
 
 
-def rules(config: Config) -> Iterator[tuple[bool, str]]:
-    """Yield each rule on the values of ``config``: if it is satisfied, and the message if not."""
-    train, data, optimizer, model = config.train, config.data, config.optimizer, config.model
-    largest = 2**31 - 1  # of int32
-
-    def bounds(owner: str, instance, low: float, high: float, *names: str, open_low=False, open_high=False):
-        for name in names:
-            value = getattr(instance, name)
-            if value is None:
-                continue
-            valid = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
-            interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-            yield valid, f"{owner}{name} must lie in {interval}, but is {value}"
-
-    valid = re.fullmatch(r"\w[\w.+-]{0,99}", config.name) is not None
-    yield valid, f"name must be a word of at most 100 letters, digits and _.+-, but is {config.name!r}"
-    yield from bounds("", config, 0, largest, "seed")
-    yield from bounds("data.", data, 0, largest, "validation", "order_seed")
-    yield from bounds("data.augment.", data.augment, 0, 14, "shift", "elastic")
-    yield from bounds("data.augment.", data.augment, 0, 180, "rotate")
-    yield from bounds("data.augment.", data.augment, 0, 1, "scale", open_high=True)
-    counts = ("batch_size", "steps", "epochs", "log_every", "evaluate_every", "checkpoint_every", "keep", "patience")
-    yield from bounds("train.", train, 1, largest, *counts)
-    yield from bounds("train.", train, 0, largest, "skip_nonfinite")
-    yield from bounds("train.", train, 0, 1, "ema_decay", open_high=True)
-    yield from bounds("train.", train, 0, 1, "stop_accuracy", open_low=True)
-    yield (
-        (train.steps is None) != (train.epochs is None),
-        f"exactly one of train.steps and train.epochs must be set, but they are {train.steps} and {train.epochs}: "
-        "set one and leave the other None (on the command line: --train.epochs None)",
-    )
-    early = train.stop_accuracy is not None or train.patience is not None
-    need = "train.stop_accuracy and train.patience need"
-    yield not early or train.evaluate_every is not None, f"{need} evaluations during training: set train.evaluate_every"
-    yield not early or data.validation != 0, f"{need} validation images: data.validation must not be 0"
-    yield from bounds("model.", model, 0, 1, "dropout", open_high=True)
-    if isinstance(model, MLP):
-        yield (
-            len(model.hidden) <= 100 and all(1 <= units <= 2**20 for units in model.hidden),
-            "model.hidden must be at most 100 layers of at least 1 unit each",
+def check_rules(config: Config) -> None:
+    """Raise UserError if ``config`` breaks a rule that the bounds of a single field cannot express."""
+    train, data, objective = config.train, config.data, config.objective
+    model, optimizer = config.model, config.optimizer
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", config.name):
+        raise UserError(f"name must be a word of at most 100 letters, digits and _.+-, but is {config.name!r}")
+    if (train.steps is None) == (train.epochs is None):
+        raise UserError(
+            f"exactly one of train.steps and train.epochs must be set, but they are {train.steps} and {train.epochs}: "
+            "set one and leave the other None (on the command line: --train.epochs None)"
         )
-    if isinstance(model, CNN):
-        yield from bounds("model.", model, 1, 2**20, "dense")
-        yield from bounds("model.", model, 1, 28, "space_to_depth")
-        yield (
-            len(model.kernel) in (1, len(model.features)) and all(1 <= side <= 28 for side in model.kernel),
-            "model.kernel must be sides in [1, 28]: one for all convolutions, or as many as model.features",
-        )
-        yield (
-            len(model.features) > 0 and all(1 <= channels <= 2**16 for channels in model.features),
-            "model.features must be at least one convolution of at least one channel",
-        )
+    if train.stop_accuracy is not None or train.patience is not None:
+        need = "train.stop_accuracy and train.patience need"
+        if train.evaluate_every is None:
+            raise UserError(f"{need} evaluations during training: set train.evaluate_every")
+        if data.validation == 0:
+            raise UserError(f"{need} validation images: data.validation must not be 0")
+    if isinstance(model, MLPConfig) and len(model.hidden) > 100:
+        raise UserError(f"model.hidden must have at most 100 layers, but has {len(model.hidden)}")
+    if isinstance(model, CNNConfig) and not model.features:
+        raise UserError("model.features must have at least one convolution")
+    if isinstance(model, CNNConfig) and len(model.kernel) not in (1, len(model.features)):
+        raise UserError("model.kernel must be one side for all convolutions, or as many sides as model.features")
     for name in ("kernel_init", "bias_init"):
         initial = getattr(model, name)
-        for parameter, value in vars(initial).items():
-            yield math.isfinite(value), f"model.{name}.{parameter} must be finite, but is {value}"
-            yield parameter in ("value", "low", "high") or value >= 0, f"model.{name}.{parameter} must not be negative"
-        yield not isinstance(initial, Uniform) or initial.low < initial.high, f"model.{name}: low must be below high"
-    yield (
-        not isinstance(model.bias_init, Glorot | LeCun),
-        "model.bias_init cannot be Glorot or LeCun, which need a matrix: use Constant, Normal or Uniform",
-    )
-    yield from bounds("optimizer.", optimizer, 0, math.inf, "learning_rate", open_low=True, open_high=True)
-    yield from bounds("optimizer.", optimizer, 0, math.inf, "clip_norm", open_low=True, open_high=True)
-    yield from bounds("optimizer.", optimizer, 1, largest if train.steps is None else train.steps, "accumulate")
-    if isinstance(optimizer, SGD):
-        yield from bounds("optimizer.", optimizer, 0, 1, "momentum", open_high=True)
-        yield not optimizer.nesterov or optimizer.momentum > 0, "optimizer.nesterov needs optimizer.momentum above 0"
-    if isinstance(optimizer, Adam):
-        yield from bounds("optimizer.", optimizer, 0, 1, "b1", "b2", open_high=True)
-        yield from bounds("optimizer.", optimizer, 0, math.inf, "eps", open_low=True, open_high=True)
-        yield from bounds("optimizer.", optimizer, 0, math.inf, "weight_decay", open_high=True)
-    if isinstance(optimizer, Muon):
-        yield from bounds("optimizer.", optimizer, 0, 1, "momentum", open_high=True)
-        yield from bounds("optimizer.", optimizer, 1, 20, "newton_schulz_steps")
-    match schedule := optimizer.schedule:
-        case Cosine():
-            yield from bounds("optimizer.schedule.", schedule, 0, largest, "warmup_steps")
-            yield from bounds("optimizer.schedule.", schedule, 0, 1, "end")
-        case OneCycle():
-            yield from bounds("optimizer.schedule.", schedule, 0, 1, "peak", open_low=True, open_high=True)
-            yield from bounds("optimizer.schedule.", schedule, 1, math.inf, "start_divisor", "end_divisor")
-        case Exponential():
-            yield from bounds("optimizer.schedule.", schedule, 0, 1, "decay", open_low=True)
-            yield from bounds("optimizer.schedule.", schedule, 1, largest, "every")
-    objective = config.objective
-    one_hot = objective.labels == "one_hot"
-    yield from bounds("objective.", objective, 0, 1, "label_smoothing")
-    yield objective.label_smoothing == 0 or one_hot, "objective.label_smoothing needs objective.labels one_hot"
-    yield objective.form == "logits" or one_hot, "objective.form probabilities needs objective.labels one_hot"
+        if isinstance(initial, Uniform) and initial.low >= initial.high:
+            raise UserError(f"model.{name}: low must be below high")
+    if isinstance(model.bias_init, Glorot | LeCun):
+        raise UserError(
+            "model.bias_init cannot be Glorot or LeCun, which need a matrix: use Constant, Normal or Uniform"
+        )
+    if train.steps is not None and optimizer.accumulate > train.steps:
+        raise UserError(
+            f"optimizer.accumulate must be at most train.steps, {train.steps}, but is {optimizer.accumulate}"
+        )
+    if isinstance(optimizer, SGD) and optimizer.nesterov and optimizer.momentum == 0:
+        raise UserError("optimizer.nesterov needs optimizer.momentum above 0")
+    if objective.labels == "integer" and objective.label_smoothing > 0:
+        raise UserError("objective.label_smoothing needs objective.labels one_hot")
+    if objective.labels == "integer" and objective.form == "probabilities":
+        raise UserError("objective.form probabilities needs objective.labels one_hot")
 
 
 # --- Experiment files -----------------------------------------------------------------------------------------------
 
 
+def find_experiment(name: str | Path) -> Path:
+    """Return the path of an experiment: a file, or the name of one that comes with flaxmnist, such as "quickstart"."""
+    here = Path(__file__).parent  # in a wheel, it contains the experiments
+    files = [folder / f"experiments/{name}.py" for folder in (here, here.parent) if str(name).isidentifier()]
+    return next(filter(Path.is_file, [Path(name), *files]), Path(name))
+
+
 def load_experiment(path: str | Path) -> Config:
-    """Run the experiment file ``path``, which is Python code, and return its config.
+    """Run an experiment file, or the experiment with this name, which is Python code, and return its config.
 
     Raise UserError if the file is missing, fails, or defines no ``config``.
     """
-    path = Path(path)
+    path = find_experiment(path)
     if not path.is_file():
-        raise UserError(f"no experiment file {path}: pass the path of a .py file, such as experiments/quickstart.py")
+        raise UserError(f"no experiment file {path}: pass the path of a .py file, or a name such as quickstart")
     try:
         config = runpy.run_path(str(path)).get("config")
     except UserError as error:

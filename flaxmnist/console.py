@@ -1,4 +1,4 @@
-"""What a command shows while it works: log messages, a progress bar, and the time spent on each activity."""
+"""Log messages, the progress bar, and the seconds spent on each activity."""
 
 import contextlib
 import logging

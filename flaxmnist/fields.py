@@ -1,84 +1,171 @@
-"""Fields of nested dataclasses: types, JSON form, dotted names."""
+"""Fields of nested dataclasses: their types and bounds, their JSON form, their dotted names."""
 
 import copy
 import dataclasses
+import functools
+import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 from flaxmnist.errors import UserError
 
-
-def union_kinds(hint: Any) -> list[Any]:
-    """Return the dataclasses of a union type, and none for any other type."""
-    return [kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)]
+Content = TypeVar("Content")
 
 
-def typed_fields(value: Any) -> dict[str, tuple[Any, Any]]:
-    """Return the type and the value of each field of a dataclass, by name."""
-    hints = typing.get_type_hints(type(value))
-    return {item.name: (hints[item.name], getattr(value, item.name)) for item in dataclasses.fields(value)}
+@dataclass(frozen=True)
+class In:
+    """Bounds of a number, for the annotation of a field: ``Annotated[float, In(0, 1, "[)")]``."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    ends: Literal["[]", "[)", "(]", "()"] = "[]"  # which bounds are included
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low < value or (value == self.low and self.ends[0] == "[")
+        return above and (value < self.high or (value == self.high and self.ends[1] == "]"))
+
+    def __str__(self) -> str:
+        return f"{self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
+
+    def describe(self) -> str:
+        """Return the bounds in words: "in [0, 1)", "at least 1", "above 0" or "finite". The limit of int32 is none."""
+        if self.high < 2**31 - 1:
+            return f"in {self}"
+        if self.low == -math.inf:
+            return "finite"
+        return f"{'at least' if self.ends[0] == '[' else 'above'} {self.low}"
 
 
-def check_types(hint: Any, value: Any, path: str = "") -> None:
-    """Raise UserError if ``value``, named ``path``, is not of type ``hint``. An int may stand for a float."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        valid = type(value) in arguments or (float in arguments and type(value) is int)
-    elif origin is Literal:
-        valid = type(value) is str and value in arguments
-    elif origin is tuple:
-        valid = type(value) is tuple and all(type(item) is arguments[0] for item in value)
-    else:
-        valid = type(value) is hint or (hint is float and type(value) is int)
-    if not valid:
-        raise UserError(f"{path or 'the config'} must be {type_name(hint)}, but is {value!r}")
-    if dataclasses.is_dataclass(value):
-        for name, (inner, item) in typed_fields(value).items():
-            check_types(inner, item, f"{path}.{name}".lstrip("."))
+def bounds(hint: Any) -> list[In]:
+    """Return the bounds in an annotation, also those in a union or of the items of a tuple."""
+    return [hint] if isinstance(hint, In) else [bound for part in typing.get_args(hint) for bound in bounds(part)]
 
 
-def type_name(hint: Any) -> str:
-    """Return a readable name of a type: ``int or None``, ``SGD or Adam``, ``'SAME' or 'VALID'``."""
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        return f"a tuple of {type_name(arguments[0])}"
-    if arguments:
-        return " or ".join(repr(choice) if isinstance(choice, str) else type_name(choice) for choice in arguments)
-    return "None" if hint is type(None) else hint.__name__
+def kind_name(kind: Any) -> str:
+    """Return the name of a type in JSON and in messages: "CNN" for ``CNNConfig``."""
+    return kind.__name__.removesuffix("Config")
 
 
-def to_json(value: Any, hint: Any = None) -> Any:
-    """Convert ``value`` to dicts, lists and scalars. If ``hint`` is a union, the dict of a dataclass has a "kind"."""
-    if isinstance(value, tuple):
-        return list(value)
+class FieldType:
+    """The type of a field, from its annotation.
+
+    An annotation is Any, a plain type, a dataclass, a Literal of strings, a tuple or a dict; one of these with bounds;
+    or a union of these. It is parsed only once, because a sweep checks up to 100,000 configs.
+    """
+
+    def __init__(self, hint: Any):
+        self.bounds = bounds(hint)
+        self.types: list[Any] = []
+        self.literals: tuple[str, ...] = ()
+        self.items: FieldType | None = None  # of a tuple or dict
+        self.length: int | None = None  # of a tuple; None: any
+        names = []
+        for choice in typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,):
+            if typing.get_origin(choice) is Annotated:
+                choice = typing.get_args(choice)[0]
+            origin, arguments = typing.get_origin(choice), typing.get_args(choice)
+            if origin is Literal:
+                self.types.append(str)
+                self.literals = arguments
+                names += map(repr, arguments)
+            elif origin is tuple:
+                self.types.append(tuple)
+                self.items = FieldType(arguments[0])
+                self.length = None if arguments[-1] is ... else len(arguments)
+                names.append(f"a tuple of {'' if self.length is None else f'{self.length} '}{self.items.name}")
+            elif origin is dict:
+                self.types.append(dict)
+                self.items = FieldType(arguments[1])
+                names.append("an object")
+            else:
+                self.types += [float, int] if choice is float else [choice]
+                names.append("None" if choice is type(None) else kind_name(choice))
+        self.name = " or ".join(names)
+        self.kinds: dict[str, Any] = {kind_name(kind): kind for kind in self.types if dataclasses.is_dataclass(kind)}
+
+    def check(self, value: Any, path: str) -> None:
+        """Raise UserError if ``value``, named ``path``, has another type or is out of bounds. An int may be a float."""
+        kind = type(value)
+        if (
+            (kind not in self.types and Any not in self.types)
+            or (kind is str and self.literals and value not in self.literals)
+            or (kind is tuple and self.length not in (None, len(value)))
+        ):
+            raise UserError(f"{path} must be {self.name}, but is {value!r}")
+        if kind in (int, float):
+            for bound in self.bounds:
+                if value not in bound:
+                    raise UserError(f"{path} must lie in {bound}, but is {value}")
+        elif self.items and kind in (tuple, dict):
+            for key, item in value.items() if kind is dict else enumerate(value):
+                self.items.check(item, f"{path}[{key}]")
+        elif kind in self.kinds.values():
+            check_fields(value, path)
+
+
+@functools.cache
+def field_types(kind: type) -> dict[str, FieldType]:
+    """Return the type of each field of a dataclass."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: FieldType(hints[field.name]) for field in dataclasses.fields(kind)}
+
+
+def check_fields(value: Any, path: str = "") -> None:
+    """Raise UserError if a field of a dataclass, or of one inside it, has another type or is out of bounds."""
+    prefix = path and f"{path}."
+    for name, field in field_types(type(value)).items():
+        field.check(getattr(value, name), prefix + name)
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def to_json(value: Any, field: FieldType | None = None) -> Any:
+    """Convert ``value`` to dicts, lists and scalars. If ``field`` has several dataclasses, a dict has a "kind"."""
+    items = field and field.items
+    if isinstance(value, tuple | list):
+        return [to_json(item, items) for item in value]
+    if isinstance(value, Mapping):
+        return {name: to_json(item, items) for name, item in value.items()}
     if not dataclasses.is_dataclass(value):
         return value
-    kind = {"kind": type(value).__name__} if union_kinds(hint) else {}
-    return kind | {name: to_json(item, inner) for name, (inner, item) in typed_fields(value).items()}
+    kind = {"kind": kind_name(type(value))} if field and len(field.kinds) > 1 else {}
+    return kind | {name: to_json(getattr(value, name), inner) for name, inner in field_types(type(value)).items()}
 
 
-def from_json(values: Any, hint: Any, path: str = "") -> Any:
-    """Invert ``to_json``, for a value of type ``hint``. Raise UserError for anything that it cannot have written."""
-    kinds = union_kinds(hint)
-    if not (kinds or dataclasses.is_dataclass(hint)):
-        return tuple(values) if isinstance(values, list) else values
+def from_json(values: Any, kind: type[Content]) -> Content:
+    """Invert ``to_json``, for the dataclass ``kind``. Raise UserError for anything that it cannot have written."""
+    return build(values, FieldType(kind), "")
+
+
+def build(values: Any, field: FieldType, path: str) -> Any:
+    """Convert ``values`` from JSON to the tuples, dicts and dataclasses of ``field``, fields checked first."""
+    if isinstance(values, list) and tuple in field.types and field.items:
+        return tuple(build(value, field.items, f"{path}[{index}]") for index, value in enumerate(values))
+    if isinstance(values, Mapping) and dict in field.types and field.items:
+        return {name: build(value, field.items, f"{path}[{name}]") for name, value in values.items()}
+    if not field.kinds or (values is None and type(None) in field.types):
+        return values
     if not isinstance(values, Mapping):
-        raise UserError(f"{path or 'the config'} must be an object, but is {values!r}")
-    values = dict(values)
-    kind: Any = hint
-    if kinds:
-        name = values.pop("kind", None)
-        kind = next((choice for choice in kinds if choice.__name__ == name), None)
-        if kind is None:
-            choices = ", ".join(choice.__name__ for choice in kinds)
-            raise UserError(f"{path}.kind must be one of {choices}, but is {name!r}")
-    hints: dict[str, Any] = typing.get_type_hints(kind)
-    names = [item.name for item in dataclasses.fields(kind)]
-    if wrong := sorted(set(values) ^ set(names)):
-        raise UserError(f"{path or 'the config'} has {'unknown' if wrong[0] in values else 'no'} field {wrong[0]!r}")
-    return kind(**{name: from_json(values[name], hints[name], f"{path}.{name}".lstrip(".")) for name in names})
+        raise UserError(f"{path or 'the JSON'} must be an object, but is {values!r}")
+    name = values.get("kind") if len(field.kinds) > 1 else next(iter(field.kinds))
+    if name not in list(field.kinds):  # it may be unhashable
+        raise UserError(f"{path}.kind must be one of {', '.join(field.kinds)}, but is {name!r}")
+    inner = field_types(field.kinds[name])
+    expected = {*inner, "kind"} if len(field.kinds) > 1 else {*inner}
+    if wrong := sorted(expected ^ set(values)):
+        raise UserError(f"{path or 'the JSON'} has {'unknown' if wrong[0] in values else 'no'} field {wrong[0]!r}")
+    prefix = path and f"{path}."
+    arguments = {name: build(values[name], inner[name], prefix + name) for name in inner}
+    for argument, value in arguments.items():
+        inner[argument].check(value, prefix + argument)
+    return field.kinds[name](**arguments)
+
+
+# --- Dotted names ---------------------------------------------------------------------------------------------------
 
 
 def is_zero(value: Any) -> bool:
@@ -89,7 +176,7 @@ def is_zero(value: Any) -> bool:
 def get(value: Any, name: str) -> Any:
     """Return the field with the dotted ``name``. Raise UserError, listing the existing fields, if there is none."""
     for field in name.split("."):
-        choices = typed_fields(value) if dataclasses.is_dataclass(value) else {}
+        choices = field_types(type(value)) if dataclasses.is_dataclass(value) else {}
         if field not in choices:
             existing = ", ".join(choices) or "none"
             raise UserError(f"there is no field {name}: {type(value).__name__} has no {field!r} (fields: {existing})")

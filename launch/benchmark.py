@@ -1,57 +1,8 @@
-"""Measure speed: python launch/benchmark.py [NAME…] [--json FILE] [--peer torch] [--runs N] [--plot FILE.png] …"""
+"""Measure speed: python launch/benchmark.py, the same as flaxmnist benchmark."""
 
-import json
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-import tyro
-
-from flaxmnist.errors import UserError, exit_code
-from flaxmnist.speed import benchmarks, scaling
-
-SYSTEMS = ("softmax_beginners", "softmax_epochs", "mlp_scratch", "cnn_experts", "cnn_layers")
-
-
-@dataclass(frozen=True)
-class Arguments:
-    names: tyro.conf.Positional[tuple[str, ...]] = SYSTEMS  # experiments, by file name
-    json: Path | None = None  # write the results to this file, as a list of objects
-    peer: Literal["torch"] | None = None  # compare with the same systems in PyTorch, which must be installed
-    runs: int = 0  # train each experiment N times, with seeds 0, 1, …: seconds and test accuracies
-    scaling: bool = False  # instead, measure speed and communication on 1, 2, 4, … devices
-    plot: Path | None = None  # draw a bar chart to this file
-    data_dir: Path | None = None  # folder of the data sets; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
-
-
-def benchmark(arguments: Arguments) -> None:
-    """Print a table, and write the requested files."""
-    for path in (arguments.json, arguments.plot):
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"cannot write {path}: create the folder {path.parent}, or use another one")
-    if arguments.scaling and (arguments.peer or arguments.runs or arguments.plot):
-        raise UserError("--scaling supports only --json: omit --peer, --runs and --plot")
-    if arguments.runs < 0:
-        raise UserError(f"--runs must be at least 0, but is {arguments.runs}")
-    experiments = [Path(__file__).parent.parent / f"experiments/{name}.py" for name in arguments.names]
-    if arguments.scaling:
-        results = [row for path in experiments for row in scaling.run(path, arguments.data_dir)]
-        print(scaling.report(results))
-    else:
-        results = [benchmarks.run(path, arguments.data_dir, arguments.peer, arguments.runs) for path in experiments]
-        print(benchmarks.report(results))
-    if arguments.runs:
-        print(f"\n{benchmarks.runs_report(results)}")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
-    if arguments.plot is not None:
-        benchmarks.draw(results, arguments.plot)
-
-
-def main(argv: list[str]) -> int:
-    return exit_code(lambda: benchmark(tyro.cli(Arguments, args=argv, prog="launch/benchmark.py", description=__doc__)))
-
+from flaxmnist.commands import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("benchmark", sys.argv[1:]))

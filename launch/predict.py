@@ -1,43 +1,8 @@
-"""Classify digits in image files: python launch/predict.py WORKDIR IMAGE|DIR… [--json] [--plot FILE.png]"""
+"""Classify digits in image files: python launch/predict.py, the same as flaxmnist predict."""
 
-import json
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
-import tyro
-
-from flaxmnist.devices import program
-from flaxmnist.errors import exit_code
-from flaxmnist.show import figures, plots, text
-from flaxmnist.store import trained
-
-
-@dataclass(frozen=True)
-class Arguments:
-    workdir: tyro.conf.Positional[Path]  # run folder
-    images: tyro.conf.Positional[tuple[Path, ...]]  # image files, or folders of image files
-    plot: Path | None = None  # draw the model's inputs and predictions to this PNG file
-    json: bool = False  # print one JSON object per line: file, class, probabilities
-    step: str = "latest"  # checkpoint: latest, best (by validation accuracy), or a step
-
-
-def predict(arguments: Arguments) -> None:
-    """Print each image as the model sees it, and the class probabilities."""
-    program.use_compilation_cache()
-    predictions = trained.predict_files(arguments.workdir, arguments.images, arguments.step)
-    if arguments.plot is not None:
-        figures.save(plots.predictions(predictions), arguments.plot)
-    for file, image, predicted, probabilities in predictions:
-        if arguments.json:
-            print(json.dumps({"file": str(file), "class": predicted, "probabilities": probabilities.tolist()}))
-        else:
-            print(text.show_prediction(str(file), image, probabilities), end="\n\n")
-
-
-def main(argv: list[str]) -> int:
-    return exit_code(lambda: predict(tyro.cli(Arguments, args=argv, prog="launch/predict.py", description=__doc__)))
-
+from flaxmnist.commands import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("predict", sys.argv[1:]))

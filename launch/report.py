@@ -1,34 +1,8 @@
-"""Draw a run, several runs side by side, or a sweep: python launch/report.py WORKDIR… [--out DIR] [--data-dir DIR]"""
+"""Draw a run, several runs side by side, or a sweep: python launch/report.py, the same as flaxmnist report."""
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
-import tyro
-
-from flaxmnist.errors import UserError, exit_code
-from flaxmnist.show import reports
-
-
-@dataclass(frozen=True)
-class Arguments:
-    workdirs: tyro.conf.Positional[tuple[Path, ...]]  # folder of a run or sweep, or folders of runs to compare
-    out: Path | None = None  # output folder; default: that of the run or sweep, or the common parent of several
-    data_dir: Path | None = None  # folder of the data sets; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
-
-
-def report(arguments: Arguments) -> None:
-    """Write the page and its figures, and print their paths."""
-    if not arguments.workdirs:
-        raise UserError("no folder: pass that of a run or sweep, as in python launch/report.py runs/a")
-    page, figures = reports.write(arguments.workdirs, arguments.out, arguments.data_dir)
-    for path in (*figures, page):
-        print(path)
-
-
-def main(argv: list[str]) -> int:
-    return exit_code(lambda: report(tyro.cli(Arguments, args=argv, prog="launch/report.py", description=__doc__)))
-
+from flaxmnist.commands import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("report", sys.argv[1:]))

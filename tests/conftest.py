@@ -1,12 +1,17 @@
 """Setup for all tests: eight CPU devices, no silent rank promotion, and shared fixtures and helpers."""
 
-import importlib.util
+import contextlib
+import importlib
 import itertools
+import json
 import os
-import sys
-from collections.abc import Callable
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
@@ -14,17 +19,21 @@ import jax
 import numpy as np
 import pytest
 
-from flaxmnist.config import CNN, MLP, SGD, Config, Data, Softmax, Train
+from flaxmnist.config import SGD, CNNConfig, Config, Data, MLPConfig, SoftmaxConfig, Train
 from flaxmnist.data.sets import Dataset, Split, load_data
+from flaxmnist.devices import program
+from flaxmnist.errors import Stopped, UserError
+from flaxmnist.runs import fit
+from flaxmnist.store.run import Run
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).parent.parent
 
 MODELS = {
-    "softmax": Softmax(),
-    "mlp": MLP(hidden=(32,)),
-    "cnn": CNN(features=(4, 8), kernel=(3,), dense=16),
+    "softmax": SoftmaxConfig(),
+    "mlp": MLPConfig(hidden=(32,)),
+    "cnn": CNNConfig(features=(4, 8), kernel=(3,), dense=16),
 }
 
 
@@ -60,15 +69,76 @@ def small(model="softmax", *, optimizer=None, data=None, **train) -> Config:
     )
 
 
-def main(script: str) -> Callable[[list[str]], int]:
+def fit_on_one(config: Config, data: Dataset, *arguments, **options) -> Run:
+    """Train on one of the eight devices of the test process."""
+    return fit(config, data, *arguments, devices=1, **options)
+
+
+@pytest.fixture
+def fit_until(monkeypatch) -> Callable[[int, Config, Dataset, Path], None]:
+    """A function that trains in chunks of one step, with a signal in an evaluation that stops the run at ``step``."""
+
+    def fit_until(step: int, config: Config, data: Dataset, folder: Path) -> None:
+        stop = threading.Event()
+        with monkeypatch.context() as patch:
+            patch.setattr(program, "MAX_STEPS", 1)
+            hook = {"on_evaluation": lambda done, *_: stop.set() if done == step - 1 else None}
+            with pytest.raises(Stopped, match=rf"step {step} of \d+; --resume continues"):
+                fit_on_one(config, data, folder, stop=stop, **hook)
+
+    return fit_until
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of the run in ``folder``."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def slow(*values):
+    """Return the parameters of a slow test."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def main(verb: str) -> Callable[[list[str]], int]:
     """Return the main function of a command, which takes its arguments and returns the exit code."""
-    name = f"launch_{script}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / f"launch/{script}.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name].main
+    return importlib.import_module(f"flaxmnist.commands.{verb}").main
+
+
+def idx_bytes(values: np.ndarray) -> bytes:
+    """Return ``values`` as the content of an IDX file."""
+    return struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.astype(np.uint8).tobytes()
+
+
+def idx_files(train=16, test=6, size=(28, 28), classes=4) -> dict[str, bytes]:
+    """Return a small data set as four IDX files: all pixels of image i are i, and its label is i mod ``classes``."""
+    files = {}
+    for split, count in ("train", train), ("t10k", test):
+        images = np.broadcast_to(np.arange(count)[:, None, None], (count, *size))
+        files[f"{split}-images-idx3-ubyte"] = idx_bytes(images)
+        files[f"{split}-labels-idx1-ubyte"] = idx_bytes(np.arange(count) % classes)
+    return files
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@contextlib.contextmanager
+def user_error(*words: str) -> Iterator[None]:
+    """Assert that the block raises UserError with a message of one line that contains all ``words``."""
+    with pytest.raises(UserError) as error:
+        yield
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def assert_same(one, other) -> None:

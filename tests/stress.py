@@ -27,27 +27,26 @@ import jax
 import numpy as np
 
 import flaxmnist as fm
-from flaxmnist import console
-from flaxmnist.config import SGD, Config, Data, Softmax, Train
+from flaxmnist.config import SGD, Config, Data, SoftmaxConfig, Train
 
 ROOT = Path(__file__).parent.parent
 
 # Runs of a few seconds that save often and together use every kind of state. The last one has two processes.
 RUNS = {
     "softmax": """
-        model=Softmax(), optimizer=SGD(learning_rate=0.1),
+        model=SoftmaxConfig(), optimizer=SGD(learning_rate=0.1),
         train=Train(batch_size=20, steps=6000, log_every=50, evaluate_every=500, checkpoint_every=100),
     """,
     "mlp": """
-        model=MLP(hidden=(256, 256), dropout=0.5), optimizer=SGD(learning_rate=0.1, momentum=0.9, accumulate=3),
+        model=MLPConfig(hidden=(256, 256), dropout=0.5), optimizer=SGD(learning_rate=0.1, momentum=0.9, accumulate=3),
         train=Train(batch_size=100, steps=1500, log_every=7, evaluate_every=100, checkpoint_every=40, skip_nonfinite=3),
     """,
     "cnn": """
-        model=CNN(features=(8, 16), kernel=(3,), dense=64, dropout=0.4), optimizer=Adam(learning_rate=1e-3),
+        model=CNNConfig(features=(8, 16), kernel=(3,), dense=64, dropout=0.4), optimizer=Adam(learning_rate=1e-3),
         train=Train(batch_size=50, steps=500, log_every=1, evaluate_every=50, checkpoint_every=10, ema_decay=0.99),
     """,
     "two": """
-        model=MLP(hidden=(64,), dropout=0.5), optimizer=Adam(learning_rate=1e-3),
+        model=MLPConfig(hidden=(64,), dropout=0.5), optimizer=Adam(learning_rate=1e-3),
         train=Train(batch_size=50, steps=300, log_every=5, evaluate_every=50, checkpoint_every=10),
     """,
 }
@@ -80,12 +79,12 @@ def phase(workdir: Path, start_time: float, output: str) -> str:
 def differences(expected: Path, actual: Path) -> list[str]:
     """Return the names of what differs between two finished runs."""
     # Not imported above, because it makes JAX use eight devices, here and in subprocesses.
-    from test_events import recorded, scalars
+    from test_tensorboard import recorded, scalars
 
     names = []
     if (expected / "metrics.jsonl").read_bytes() != (actual / "metrics.jsonl").read_bytes():
         names.append("metrics.jsonl")
-    if scalars(other) != recorded(other):
+    if scalars(actual) != recorded(actual):
         names.append("tensorboard")
     states = [fm.load_run(folder).state for folder in (expected, actual)]
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(states[0]), jax.tree.leaves(states[1]), strict=True):
@@ -187,16 +186,10 @@ def memory() -> int:
 def long(steps: int, data_dir: str | None) -> bool:
     """Return True if memory stays constant during a long run and its records are complete."""
     samples: list[tuple[int, float, int]] = []
-    show = console.Progress.show
-
-    def watch(progress, step, *values):
-        samples.append((step, time.perf_counter(), memory()))
-        show(progress, step, *values)
-
-    console.Progress.show = watch
+    sample = {"on_evaluation": lambda step, *_: samples.append((step, time.perf_counter(), memory()))}
     config = Config(
         name="long",
-        model=Softmax(),
+        model=SoftmaxConfig(),
         optimizer=SGD(learning_rate=0.1),
         data=Data(name="mnist" if data_dir else "digits"),
         train=Train(
@@ -204,7 +197,7 @@ def long(steps: int, data_dir: str | None) -> bool:
         ),
     )
     with tempfile.TemporaryDirectory() as folder:
-        fm.fit(config, fm.load_data(config.data, data_dir), Path(folder) / "run", devices=1)
+        fm.fit(config, fm.load_data(config.data, data_dir), Path(folder) / "run", devices=1, **sample)
         lines = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
     logged = [line["step"] for line in lines if line["split"] == "train"]
     complete = logged == list(range(0, steps, 100))
@@ -218,9 +211,7 @@ def long(steps: int, data_dir: str | None) -> bool:
     tenth = len(speeds) // 10
     first, last = statistics.median(speeds[:tenth]), statistics.median(speeds[-tenth:])
     print(f"memory {before / 1e6:.1f} MB from step {steps // 10} on, {after / 1e6:.1f} MB at the end: {growth:+.2%}")
-    print(
-        f"{first:,.0f} steps/s in the first tenth, {last:,.0f} in the last: {last / first - 1:+.1%} (medians of chunks)"
-    )
+    print(f"{first:,.0f} steps/s in the first tenth, {last:,.0f} in the last: {last / first - 1:+.1%} (medians)")
     print(f"{len(lines)} records, {'complete' if complete else 'INCOMPLETE'}")
     return complete and growth < 0.01
 

@@ -4,17 +4,15 @@ import importlib.util
 import io
 import json
 import os
-import runpy
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, small
+from conftest import ROOT, assert_same, main, small
 from PIL import Image
 
 from flaxmnist.config import load_experiment
@@ -25,25 +23,19 @@ from flaxmnist.errors import UserError
 from flaxmnist.runs import fit
 from flaxmnist.speed import benchmarks, torch_peer
 
-launch = SimpleNamespace(**runpy.run_path(str(ROOT / "launch/benchmark.py")))
-
 
 @pytest.fixture
 def brief(monkeypatch):
-    """Shorten the timings, shrink the matrices, and use one of the eight devices."""
+    """Shorten the timings and shrink the matrices."""
     monkeypatch.setattr(benchmarks, "STRETCH_SECONDS", 0.01)
     monkeypatch.setattr(benchmarks, "ROUNDS", 2)
     monkeypatch.setattr(benchmarks, "MATRIX", 64)
-    make_mesh = benchmarks.parallel.make_mesh
-    monkeypatch.setattr(
-        benchmarks.parallel, "make_mesh", lambda devices=1, model_parallel=1: make_mesh(devices, model_parallel)
-    )
 
 
 def test_results_of_an_experiment_are_consistent(brief, few, tmp_path):
     config = small("mlp", steps=40)
     peers = {"slow": lambda count: time.sleep(count * 0.01), "fast": lambda count: time.sleep(count * 1e-6)}
-    result = benchmarks.measure(config, few, peers)
+    result = benchmarks.measure(config, few, parallel.make_mesh(1), peers)
     assert result["name"] == "small"
     assert result["images_per_second"] == result["steps_per_second"] * config.train.batch_size
     operations = program.step_cost(config, few).operations
@@ -63,31 +55,21 @@ def test_results_of_an_experiment_are_consistent(brief, few, tmp_path):
     json.dumps(result)
 
 
-def test_trainer_takes_consecutive_steps_from_the_first(brief, few, monkeypatch):
+def test_trainer_takes_consecutive_steps_from_the_first(few):
     """The number of steps is exact, also when it exceeds the capacity of the program."""
-    config = order.resolve_length(small(steps=7), 70)
-    trainer = benchmarks.Trainer(config, few, parallel.make_mesh(1))
+    trainer = benchmarks.Trainer(order.resolve_length(small(steps=7), 70), few, parallel.make_mesh(1))
     assert trainer.compile_seconds > 0
-    calls, call = [], benchmarks.program.Program.__call__
-
-    def record_call(compiled, state, start, count):
-        calls.append((start, count))
-        return call(compiled, state, start, count)
-
-    monkeypatch.setattr(benchmarks.program.Program, "__call__", record_call)
+    assert trainer.compiled.capacity == 7
     trainer.run(25)
     trainer.run(3)
-    starts = [start for start, _ in calls]
-    assert sum(count for _, count in calls) == 28
-    assert starts == sorted(starts)
-    assert starts[0] == 0
-    assert jax.device_count() == 8
+    assert int(trainer.state.step) == trainer.step == 28
+    assert_same(trainer.state, fit(small(steps=28), few, devices=1).state)
 
 
 def test_a_slow_first_step_does_not_shorten_the_timings(brief, monkeypatch):
     """The clock is simulated, because sleeps take longer on a busy machine."""
     calls, clock = [], [0.0]
-    monkeypatch.setattr(benchmarks, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def train(count):
         clock[0] += 0.001 * count if calls else 0.2
@@ -101,8 +83,8 @@ def test_a_slow_first_step_does_not_shorten_the_timings(brief, monkeypatch):
 def test_full_runs_match_fit(brief, few):
     """The same seeds give exactly the same test accuracies as ``fit``."""
     config = small("mlp", steps=30)
-    result = benchmarks.full_runs(config, few, 2)
-    runs = [fit(replace(config, seed=seed), few, devices=1).result["test_accuracy"] for seed in range(2)]
+    result = benchmarks.full_runs(config, few, parallel.make_mesh(1), 2)
+    runs = [fit(replace(config, seed=seed), few, devices=1).result.test_accuracy for seed in range(2)]
     assert result["test_accuracy"] == runs
     assert min(result["seconds"]) > 0
     header, row = benchmarks.runs_report([{"name": "small", "runs": result}]).splitlines()
@@ -110,24 +92,19 @@ def test_full_runs_match_fit(brief, few):
     assert len(header) == len(row)
 
 
-def test_the_peer_process_serves_requests(monkeypatch, capsys):
+def test_the_peer_process_serves_requests(capsys):
     """Each line is a mode and a number of steps, and is answered when they are done."""
     calls = []
-    monkeypatch.setattr(
-        torch_peer, "trainer", lambda config, data, compiled: lambda count: calls.append((compiled, count))
-    )
-    monkeypatch.setattr(sys, "stdin", io.StringIO("eager 3\ncompiled 20\n"))
-    torch_peer.serve(ROOT / "experiments/quickstart.py", None)
-    assert calls == [(False, 3), (True, 20)]
+    trainers = {mode: lambda count, mode=mode: calls.append((mode, count)) for mode in torch_peer.MODES}
+    torch_peer.serve(trainers, io.StringIO("eager 3\ncompiled 20\n"))
+    assert calls == [("eager", 3), ("compiled", 20)]
     assert capsys.readouterr().out == "done\ndone\n"
 
 
-def test_accelerators_measure_cold_and_warm_startup(monkeypatch):
+def test_devices_that_cache_programs_measure_cold_and_warm_startup():
     """Both use one compilation cache, which is empty at first. On CPU there is one startup, without a cache."""
-    monkeypatch.setattr(benchmarks, "start_up_time", lambda experiment, data_dir, environment: environment)
-    assert benchmarks.start_up_times(ROOT, None) == {"start_up_seconds": {}}
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    cold, warm = benchmarks.start_up_times(ROOT, None).values()
+    assert benchmarks.start_up_times(dict, caches=False) == {"start_up_seconds": {}}
+    cold, warm = benchmarks.start_up_times(dict, caches=True).values()
     assert cold == warm
     assert set(cold) == {"JAX_COMPILATION_CACHE_DIR"}
 
@@ -173,5 +150,5 @@ def test_command(tmp_path):
     ],
 )
 def test_wrong_arguments_are_reported_before_measuring(arguments, message, capsys):
-    assert launch.main(arguments) == 2
+    assert main("benchmark")(arguments) == 2
     assert message in capsys.readouterr().err

@@ -12,9 +12,12 @@ from conftest import ROOT
 PATCHES = sorted((ROOT / "tests/changes").glob("*.patch"))
 
 CHANGED = """
+from pathlib import Path
+
 import flaxmnist as fm
 from flaxmnist.config import *
 from flaxmnist.show.text import parameter_table
+from flaxmnist.store.tensorboard import read_events
 
 config = Config(
     name="changed",
@@ -27,6 +30,12 @@ run = fm.fit(config, fm.load_data(config.data, "."), "run")
 assert run.history[-1]["accuracy"] <= run.history[-1]["top2"] <= 1
 assert "blocks.1.kernel" in parameter_table(run.state.params)
 assert fm.load_run("run").config == config
+
+# First weights that cannot be drawn are left out.
+(file,) = Path("run/tensorboard").iterdir()
+events, _ = read_events(file)
+pictures = {value.tag for event in events for value in event.summary.value if value.HasField("image")}
+assert pictures == {"validation/confusion", "test/confusion"}
 """
 
 

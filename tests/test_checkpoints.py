@@ -1,17 +1,17 @@
 """Damage to any file of a run folder is detected and reported, and the run resumes anyway."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import assert_same, small
+from conftest import assert_same, fit_on_one, small
 
 import flaxmnist as fm
-from flaxmnist import runs
 from flaxmnist.errors import UserError
 from flaxmnist.store import manifest
-from flaxmnist.store.results import Run
+from flaxmnist.store.run import Run
 
 CONFIG = small("mlp", checkpoint_every=8, evaluate_every=8)
 
@@ -20,8 +20,7 @@ CONFIG = small("mlp", checkpoint_every=8, evaluate_every=8)
 def intact(few, tmp_path_factory) -> tuple[Path, Run]:
     """Return the folder of a finished run with checkpoints at steps 16 and 20, and the run."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    run = fm.fit(CONFIG, few, folder, devices=1)
-    return folder, run
+    return folder, fit_on_one(CONFIG, few, folder)
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def copy(intact, tmp_path) -> Path:
 
 
 def resume(folder, few) -> Run:
-    return fm.fit(CONFIG, few, folder, devices=1, resume=True)
+    return fit_on_one(CONFIG, few, folder, resume=True)
 
 
 def assert_resumes(folder: Path, few, intact) -> None:
@@ -69,7 +68,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_detected(damage, copy, caplog):
         DAMAGES[damage](file)
         caplog.clear()
         assert manifest.newest(copy / "checkpoints").step == 16, file
-        assert f"skipping the damaged checkpoint {newest}: {file.relative_to(newest)}" in caplog.text
+        assert f"checkpoint {newest} is damaged: {file.relative_to(newest)}" in caplog.text
         file.write_bytes(content)
     assert manifest.newest(copy / "checkpoints").step == 20
 
@@ -131,10 +130,15 @@ def test_invalid_record_is_reported(damage, copy):
         fm.load_run(copy)
 
 
-@pytest.mark.parametrize("damage", [b"", b"[1, 2", b"{}", b'{"config": null, "data": null}', None], ids=str)
+@pytest.mark.parametrize(
+    "damage", [b"", b"[1, 2", b"{}", b'{"config": null, "data": null}', None, [28], [28, 0], [28, 28, 1]], ids=str
+)
 def test_damaged_config_is_restored_from_the_checkpoint(damage, copy, few, intact, caplog):
+    """``damage`` is the content, None for no file, or the shape of the images."""
     path = copy / "config.json"
     before = json.loads(path.read_text())
+    if isinstance(damage, list):
+        damage = json.dumps(before | {"data": before["data"] | {"shape": damage}}).encode()
     path.unlink() if damage is None else path.write_bytes(damage)
     assert fm.load_run(copy).config == CONFIG
     assert "using its copy in the checkpoint at step 20" in caplog.text
@@ -142,17 +146,23 @@ def test_damaged_config_is_restored_from_the_checkpoint(damage, copy, few, intac
     assert json.loads(path.read_text())["config"] == before["config"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"[]", b"{", "seconds", "test_count"], ids=str)
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"[]", b"{", "seconds", "test_count", {"seconds": 1}, {"seconds": {"total": "1"}}, {"test_count": 0}],
+    ids=str,
+)
 def test_damaged_result_is_computed_again(damage, copy, few, intact):
+    """``damage`` is the content, the name of a field to remove, or other values of fields."""
     path = copy / "result.json"
-    if isinstance(damage, str):
+    if not isinstance(damage, bytes):
         result = json.loads((intact[0] / "result.json").read_text())
-        damage = json.dumps({name: value for name, value in result.items() if name != damage}).encode()
+        result.update(damage) if isinstance(damage, dict) else result.pop(damage)
+        damage = json.dumps(result).encode()
     path.write_bytes(damage)
     with pytest.raises(UserError, match=r"result\.json"):
         fm.load_run(copy)
     assert_resumes(copy, few, intact)
-    assert json.loads((copy / "result.json").read_text())["params_sha256"] == intact[1].result["params_sha256"]
+    assert json.loads((copy / "result.json").read_text())["params_sha256"] == intact[1].result.params_sha256
 
 
 def test_finished_run_with_a_damaged_last_checkpoint_is_finished_again(few, intact, copy):
@@ -179,19 +189,38 @@ def test_damaged_checkpoint_does_not_count_as_one_to_keep(copy, few):
     """Otherwise the only intact ones would be removed instead of it."""
     flip(copy / "checkpoints/20/records.jsonl")
     longer = small("mlp", checkpoint_every=1, evaluate_every=8, keep=1, steps=22)
-    fm.fit(longer, few, copy, devices=1, resume=True)
+    fit_on_one(longer, few, copy, resume=True)
     assert [step for step in manifest.steps(copy / "checkpoints") if step > 16] == [22]
 
 
-def test_checkpoint_is_removed_only_after_the_next_one_is_complete(few, tmp_path, monkeypatch):
+def test_checkpoint_is_removed_only_after_the_next_one_is_complete(few, tmp_path):
     """Even with ``keep=1`` there is always a checkpoint to resume from."""
     newest = []
-    evaluate = runs.Loop.evaluate
-
-    def look_and_evaluate(loop, split, images):
-        newest.append(manifest.newest(tmp_path / "checkpoints"))
-        return evaluate(loop, split, images)
-
-    monkeypatch.setattr(runs.Loop, "evaluate", look_and_evaluate)
-    fm.fit(small(checkpoint_every=2, evaluate_every=1, keep=1), few, tmp_path, devices=1)
+    hook = {"on_evaluation": lambda *_: newest.append(manifest.newest(tmp_path / "checkpoints"))}
+    fit_on_one(small(checkpoint_every=2, evaluate_every=1, keep=1), few, tmp_path, **hook)
     assert all(saved is not None for saved in newest[4:])
+
+
+def test_checkpoint_of_another_version_is_refused_and_kept(copy, few):
+    """A run must not start from scratch because of an intact checkpoint that this version cannot read."""
+    file = copy / "checkpoints/20/manifest.json"
+    content = json.loads(file.read_text())["checkpoint"]
+    content["about"]["run"]["config"]["model"]["layers"] = 3
+    text = json.dumps({"sha256": manifest.sha256(content), "checkpoint": content})
+    file.write_text(text)
+    for use in (fm.load_run, lambda folder: resume(folder, few)):
+        with pytest.raises(UserError, match=rf"{file} is from another version .* unknown field 'layers'"):
+            use(copy)
+    assert file.read_text() == text
+
+
+def test_only_messages_of_orbax_are_suppressed(copy, few, caplog):
+    """Other users of its logger, "absl", are heard during a run; level and filters are the same after it."""
+    logger = logging.getLogger("absl")
+    before = logger.level, list(logger.filters)
+    fit_on_one(CONFIG, few, copy.parent / "other", on_evaluation=lambda step, *_: logger.error("%d", step))
+    fm.load_run(copy)
+    with pytest.raises(UserError, match="belongs to another model"):
+        fit_on_one(small(), few, copy, resume=True, allow_config_change=True)
+    assert (logger.level, logger.filters) == before
+    assert [record.message for record in caplog.records if record.name == "absl"] == ["8", "16", "20", "20"]

@@ -1,4 +1,4 @@
-"""Every image is counted once, for any number of images."""
+"""Predictions and scores: every image is counted once, for any number of images and devices."""
 
 import jax
 import numpy as np
@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 import flaxmnist as fm
-from flaxmnist.devices import evaluation
+from flaxmnist.devices import evaluation, parallel
+from flaxmnist.errors import UserError
 
 
 @pytest.mark.parametrize("size", [1, 2, 249, 250, 251, 360])
@@ -31,6 +32,29 @@ def test_confusion_matrix_has_true_classes_in_rows_and_predictions_in_columns():
 def test_loss_of_an_extreme_wrong_prediction_is_finite():
     scores = evaluation.score_logits(np.array([[1e4, 0]], np.float32), np.array([1], np.int32))
     assert scores.loss == 1e4
+
+
+def test_loss_of_infinite_logits_is_nan():
+    scores = evaluation.score_logits(np.array([[np.inf, 0]], np.float32), np.array([0], np.int32))
+    assert np.isnan(scores.loss)
+
+
+@pytest.mark.parametrize(("devices", "model_parallel"), [(1, 1), (8, 1), (8, 2)])
+@pytest.mark.parametrize("size", [1, 17, 360])
+def test_logits_do_not_depend_on_devices(devices, model_parallel, size, digits):
+    model = fm.MLP(hidden=(32,), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    mesh = parallel.make_mesh(devices, model_parallel)
+    sharded = nnx.merge(graphdef, jax.device_put(params, parallel.state_shardings(params, mesh)))
+    logits = evaluation.predict_logits(sharded, digits.test.images[:size])
+    assert logits.shape == (size, 10)
+    np.testing.assert_allclose(logits, evaluation.predict_logits(model, digits.test.images[:size]), rtol=0, atol=1e-5)
+
+
+def test_no_images_are_an_error(digits):
+    model = fm.Softmax(rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="there are no images to predict: pass at least one"):
+        fm.predict(model, digits.test.images[:0])
 
 
 def test_predict_returns_classes_and_probabilities(digits):

@@ -13,7 +13,7 @@ from jax import export
 
 import flaxmnist as fm
 from flaxmnist import config, fields
-from flaxmnist.config import CNN, MLP, SGD, Adam, Config, Objective, Softmax
+from flaxmnist.config import SGD, Adam, CNNConfig, Config, MLPConfig, Objective, SoftmaxConfig
 from flaxmnist.core import steps
 from flaxmnist.data import order
 from flaxmnist.devices import evaluation
@@ -53,16 +53,16 @@ def test_training_and_prediction_lower_for_every_platform(name, digits):
 def test_every_experiment_trains_a_step_and_predicts(name, few):
     experiment = fm.load_experiment(ROOT / f"experiments/{name}.py")
     run = fm.fit(replace(experiment, train=replace(experiment.train, steps=1, epochs=None)), few, devices=1)
-    assert run.result["steps"] == 1
+    assert run.result.steps == 1
     assert fm.predict(run.model, few.test.images)[1].shape == (45, 10)
 
 
 # Base configs, and for each field a change that must affect the history or the result of a run.
 BASES = {
-    "softmax": small(Softmax(), optimizer=SGD(momentum=0.5, schedule=config.Cosine())),
-    "mlp": small(MLP(hidden=(8,)), optimizer=Adam(schedule=config.OneCycle()), evaluate_every=2),
-    "cnn": small(CNN(features=(2,), kernel=(3,), dense=8), optimizer=SGD(schedule=config.Exponential())),
-    "muon": small(MLP(hidden=(8,)), optimizer=config.Muon()),
+    "softmax": small(SoftmaxConfig(), optimizer=SGD(momentum=0.5, schedule=config.Cosine())),
+    "mlp": small(MLPConfig(hidden=(8,)), optimizer=Adam(schedule=config.OneCycle()), evaluate_every=2),
+    "cnn": small(CNNConfig(features=(2,), kernel=(3,), dense=8), optimizer=SGD(schedule=config.Exponential())),
+    "muon": small(MLPConfig(hidden=(8,)), optimizer=config.Muon()),
 }
 CHANGES = {
     "softmax": {
@@ -140,9 +140,9 @@ TESTED_ELSEWHERE = {
     "data.name": "test_data",
     "data.validation": "test_data",
     "train.epochs": "test_order",
-    "train.checkpoint_every": "test_runs",
+    "train.checkpoint_every": "test_resuming",
     "train.keep": "test_runs",
-    "train.skip_nonfinite": "test_runs",
+    "train.skip_nonfinite": "test_divergence",
     "objective.form": "test_objective",
     "objective.labels": "test_objective",
     "objective.label_smoothing": "test_objective",
@@ -159,7 +159,9 @@ def change(value, path: list[str], new):
 def observed(experiment: Config, data) -> str:
     """Return the history of a run, and its result without times and memory."""
     run = fm.fit(experiment, data, devices=1)
-    result = {name: value for name, value in run.result.items() if "second" not in name and name != "peak_memory_bytes"}
+    result = {
+        name: value for name, value in vars(run.result).items() if "second" not in name and name != "peak_memory_bytes"
+    }
     return repr((run.history, result))
 
 
@@ -196,7 +198,7 @@ def test_every_field_is_covered():
 
 def test_only_the_stable_form_of_the_cost_is_finite_if_probabilities_vanish(few):
     """With these initial values some probabilities round to 0, and their logarithms are infinite."""
-    stable = small(Softmax(kernel_init=config.Normal(30.0)))
+    stable = small(SoftmaxConfig(kernel_init=config.Normal(30.0)))
     as_written = replace(stable, objective=Objective(labels="one_hot", form="probabilities"))
     batch = steps.take_batch(*map(jnp.asarray, few.train), jnp.arange(16, dtype=jnp.int32))
 

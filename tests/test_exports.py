@@ -18,10 +18,12 @@ from safetensors.numpy import load_file, save
 
 import flaxmnist as fm
 from flaxmnist import fields
-from flaxmnist.config import CNN
+from flaxmnist.commands import command
+from flaxmnist.config import CNNConfig
 from flaxmnist.devices import evaluation
 from flaxmnist.errors import UserError
-from flaxmnist.store import exports, trained
+from flaxmnist.store import exports
+from flaxmnist.store.run import evaluate_run, load_checkpoint
 
 # Rounding differences from another order of float32 sums, relative to the largest logit.
 TOLERANCE = 1e-5
@@ -30,7 +32,7 @@ TOLERANCE = 1e-5
 def train_and_export(config, data, folder: Path) -> Path:
     """Train and export a run in ``folder``; return the folder of the export."""
     fm.fit(config, data, folder, devices=1)
-    exports.write(trained.load_checkpoint(folder), folder / "export")
+    exports.write(load_checkpoint(folder), folder / "export")
     return folder / "export"
 
 
@@ -53,7 +55,7 @@ def assert_close(logits, expected) -> None:
 
 
 def test_both_files_give_the_results_of_the_run_folder(export_folder):
-    run = trained.evaluate_run(export_folder.parent)
+    run = evaluate_run(export_folder.parent)
     weights, program = (exports.evaluate(export_folder / f"model{suffix}") for suffix in exports.SUFFIXES)
     assert run.count == weights.count == program.count == 360
     assert (weights.loss, weights.accuracy) == (run.loss, run.accuracy)
@@ -66,17 +68,17 @@ def test_both_files_give_the_results_of_the_run_folder(export_folder):
 def test_the_program_takes_any_number_of_images_on_any_platform(export_folder, digits):
     program = export.deserialize(bytearray((export_folder / "model.stablehlo").read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")
-    logits = evaluation.predict_logits(trained.load_checkpoint(export_folder.parent).model, digits.test.images)
+    logits = evaluation.predict_logits(load_checkpoint(export_folder.parent).model, digits.test.images)
     for count in (1, 7, 250):
         assert_close(program.call(digits.test.images[:count]), logits[:count])
 
 
 @pytest.mark.slow
 def test_any_cnn_can_be_exported(few, digits, tmp_path):
-    model = CNN(features=(4, 8), kernel=(3, 2), dense=16, space_to_depth=3, padding="VALID", dropout=0.5)
+    model = CNNConfig(features=(4, 8), kernel=(3, 2), dense=16, space_to_depth=3, padding="VALID", dropout=0.5)
     folder = train_and_export(small(model, steps=4), few, tmp_path)
     program = export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
-    logits = evaluation.predict_logits(trained.load_checkpoint(tmp_path).model, digits.test.images)
+    logits = evaluation.predict_logits(load_checkpoint(tmp_path).model, digits.test.images)
     assert_close(program.call(digits.test.images), logits)
 
 
@@ -95,12 +97,12 @@ def test_the_loader_does_not_need_flaxmnist(mlp_export, digits, tmp_path):
     command = [sys.executable, "-W", "error", "-c", LOAD, mlp_export / "load.py", tmp_path / "images.npy"]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=tmp_path)
-    classes, _ = fm.predict(trained.load_checkpoint(mlp_export.parent).model, digits.test.images)
+    classes, _ = fm.predict(load_checkpoint(mlp_export.parent).model, digits.test.images)
     assert ended.stdout.split() == [str(number) for number in classes]
 
 
 def test_exported_weights_are_the_averaged_ones_by_dotted_name(mlp_export):
-    state, weights = trained.load_checkpoint(mlp_export.parent).state, load_file(mlp_export / "model.safetensors")
+    state, weights = load_checkpoint(mlp_export.parent).state, load_file(mlp_export / "model.safetensors")
     assert set(weights) == {"layers.0.kernel", "layers.0.bias", "layers.1.kernel", "layers.1.bias"}
     assert_same(weights, fields.flatten(jax.device_get(state.ema)))
     assert not np.array_equal(weights["layers.0.kernel"], state.params["layers"][0]["kernel"])
@@ -108,7 +110,7 @@ def test_exported_weights_are_the_averaged_ones_by_dotted_name(mlp_export):
 
 def test_exports_are_reproducible_and_contain_no_local_paths(mlp_export, tmp_path):
     limit = jax.config.values["jax_traceback_in_locations_limit"]
-    for path in exports.write(trained.load_checkpoint(mlp_export.parent), tmp_path):
+    for path in exports.write(load_checkpoint(mlp_export.parent), tmp_path):
         assert path.read_bytes() == (mlp_export / path.name).read_bytes()
         assert str(ROOT).encode() not in path.read_bytes()
         assert b"site-packages" not in path.read_bytes()
@@ -157,11 +159,18 @@ DAMAGE = {
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read: Is a directory"),
     "no model.json": (lambda path: path.with_suffix(".json").unlink(), "has no model.json next to it"),
     "model.json truncated": (lambda path: truncate(path.with_suffix(".json")), "model.json cannot be read"),
-    "another model.json": (lambda path: path.with_suffix(".json").write_text("{}"), "is damaged or incomplete"),
-    "no digests": (lambda path: change_metadata(path, "sha256", {}), "is damaged or incomplete"),
-    "another config": (lambda path: change_metadata(path, "config/model", {}), "model.json: model.kind must be one of"),
+    "another model.json": (
+        lambda path: path.with_suffix(".json").write_text("{}"),
+        "is damaged: the JSON has no",
+    ),
+    "no digests": (lambda path: change_metadata(path, "sha256", {}), "does not match its SHA-256"),
+    "another config": (
+        lambda path: change_metadata(path, "config/model", {}),
+        "is damaged: config.model.kind must be",
+    ),
     "other data": (lambda path: change_metadata(path, "data/source", "elsewhere"), "was trained on elsewhere"),
-    "no data": (lambda path: change_metadata(path, "data/shape", [28, 0]), "its description of the data is invalid"),
+    "no data": (lambda path: change_metadata(path, "data/shape", [28, 0]), r"is damaged: data.shape.* must lie in"),
+    "a third side": (lambda path: change_metadata(path, "data/shape", [28, 28, 28]), "is damaged"),
     "rubbish": (
         lambda path: rewrite(path, b"rubbish" * 99),
         "(is not a safetensors file: |written with JAX .*, cannot be run with JAX )",
@@ -217,7 +226,7 @@ def test_the_command_lists_its_files_and_what_to_try_next(mlp_export, tmp_path, 
     lines = capsys.readouterr().out.splitlines()
     files = [tmp_path / "a/b" / name for name in ("model.safetensors", "model.stablehlo", "load.py", "model.json")]
     assert lines[:4] == [f"{file}  {file.stat().st_size:,} bytes" for file in files]
-    arguments = lines[4].removeprefix("next: python launch/evaluate.py ").split()
+    arguments = lines[4].removeprefix(f"next: {command('evaluate')} ").split()
     assert main("evaluate")(arguments) == 0
     assert main("evaluate")([str(mlp_export.parent)]) == 0
     reports = capsys.readouterr().out
@@ -228,17 +237,17 @@ def test_exports_can_be_renamed(mlp_export, tmp_path):
     for suffix in (*exports.SUFFIXES, ".json"):
         shutil.copy(mlp_export / f"model{suffix}", tmp_path / f"renamed{suffix}")
     for suffix in exports.SUFFIXES:
-        content, metadata = exports.read_export(tmp_path / f"renamed{suffix}")
+        content, info = exports.read_export(tmp_path / f"renamed{suffix}")
         assert content == (mlp_export / f"model{suffix}").read_bytes()
-        assert metadata["step"] == 4
+        assert info.step == 4
     assert exports.evaluate(tmp_path / "renamed.safetensors", "validation").count == 180
 
 
 @pytest.mark.parametrize("package", ["flatbuffers", "safetensors"])
 def test_a_missing_extra_is_reported_with_its_command(package, mlp_export, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
-    for command, first in (("export", mlp_export.parent), ("evaluate", mlp_export / "model.stablehlo")):
-        assert main(command)([str(first)]) == 2
+    for verb, first in (("export", mlp_export.parent), ("evaluate", mlp_export / "model.stablehlo")):
+        assert main(verb)([str(first)]) == 2
         message = capsys.readouterr().err
         assert "needs the extra export: pip install -c constraints.txt -e '.[export]'" in message
         assert len(message.splitlines()) == 1

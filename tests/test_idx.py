@@ -7,18 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import idx_bytes, user_error
 
 from flaxmnist.data.idx import read_idx
-from flaxmnist.errors import UserError
 
-
-def idx(values: np.ndarray) -> bytes:
-    """Return ``values`` as the bytes of an IDX file."""
-    return struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.astype(np.uint8).tobytes()
-
-
-LABELS = idx(np.array([5, 0, 4]))
-IMAGES = idx(np.arange(2 * 3 * 4).reshape(2, 3, 4))
+LABELS = idx_bytes(np.array([5, 0, 4]))
+IMAGES = idx_bytes(np.arange(2 * 3 * 4).reshape(2, 3, 4))
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
@@ -34,7 +28,7 @@ def test_values_and_shape_of_plain_and_gzipped_files_under_any_name(tmp_path: Pa
 
 
 def test_a_file_of_zero_images_is_read(tmp_path: Path):
-    (tmp_path / "file").write_bytes(idx(np.zeros((0, 28, 28))))
+    (tmp_path / "file").write_bytes(idx_bytes(np.zeros((0, 28, 28))))
     assert read_idx(tmp_path / "file").shape == (0, 28, 28)
 
 
@@ -61,7 +55,7 @@ def test_invalid_content(tmp_path: Path, content: bytes, words: str, pack):
 
 
 def test_invalid_gzip(tmp_path: Path):
-    intact = gzip.compress(idx(np.random.default_rng(0).integers(0, 256, (2, 8, 8))))
+    intact = gzip.compress(idx_bytes(np.random.default_rng(0).integers(0, 256, (2, 8, 8))))
     wrong_checksum = intact[:-8] + bytes(8)
     wrong_block = intact[:10] + b"\xff" + intact[11:]
     path = tmp_path / "file"
@@ -89,10 +83,6 @@ def test_missing_file_and_folder(tmp_path: Path):
 
 
 def assert_error(path: Path, words: str):
-    """Check that reading ``path`` raises a one-line error that contains the path, ``words`` and a remedy."""
-    with pytest.raises(UserError) as error:
+    """Assert that reading ``path`` raises a one-line error that contains the path, ``words`` and a remedy."""
+    with user_error(str(path), words, "--data.name digits"):
         read_idx(path)
-    assert str(path) in str(error.value)
-    assert words in str(error.value)
-    assert "--data.name digits" in str(error.value)
-    assert "\n" not in str(error.value)

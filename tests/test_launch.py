@@ -13,12 +13,13 @@ from conftest import ROOT, main
 from PIL import Image
 
 import flaxmnist as fm
+from flaxmnist import commands
 
 SMALL = """
 from flaxmnist.config import *
 config = Config(
     name="small",
-    model=MLP(hidden=(16,)),
+    model=MLPConfig(hidden=(16,)),
     optimizer=SGD(learning_rate=0.1),
     data=Data(name="digits"),
     train=Train(batch_size=50, epochs=4, log_every=20, evaluate_every=25),
@@ -149,7 +150,8 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_user_error_exits_with_2(name, experiment, tmp_path, monkeypatch, capsys):
     arguments, message = MISTAKES[name]
-    (tmp_path / "cnn.py").write_text(SMALL.replace("MLP(hidden=(16,))", "CNN(features=(2, 2, 2), padding='VALID')"))
+    cnn = "CNNConfig(features=(2, 2, 2), padding='VALID')"
+    (tmp_path / "cnn.py").write_text(SMALL.replace("MLPConfig(hidden=(16,))", cnn))
     paths = {"EXPERIMENT": experiment, "CNN": tmp_path / "cnn.py"}
     monkeypatch.chdir(tmp_path)
     assert main(arguments[0])([str(paths.get(word, word)) for word in arguments[1:]]) == 2
@@ -233,9 +235,72 @@ def test_help_exits_with_0(script):
 
 def test_help_lists_fields_with_their_meaning_and_the_values_of_the_experiment(experiment):
     helped = " ".join(launch("train", experiment, "--help").stdout.replace("│", " ").split())
-    assert "--optimizer.learning-rate FLOAT step size; the full rate of the schedule (default: 0.1)" in helped
-    assert "--train.batch-size INT images per step (default: 50)" in helped
+    assert "--optimizer.learning-rate FLOAT step size; the full rate of the schedule; above 0 (default: 0.1)" in helped
+    assert "--train.batch-size INT images per step; at least 1 (default: 50)" in helped
     assert "--model.hidden [INT [INT ...]] units of each hidden layer" in helped
+
+
+@pytest.mark.parametrize("name", ["softmax_beginners", "cnn_experts", "speedrun"])
+def test_help_has_the_meaning_and_bounds_of_every_field(name, capsys, monkeypatch):
+    """The three models and optimizers."""
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main("train")([name, "--help"]) == 0
+    helped = capsys.readouterr().out
+    options = re.findall(r"^│ +(--\S+).*│\n│ +(\S.*?) *│$", helped, re.MULTILINE)
+    assert not [option for option, meaning in options if meaning.startswith("(default")]
+    names = [option for option, _ in options]
+    assert len(names) == len(set(names))
+    words = " ".join(helped.replace("│", " ").split())
+    for option, bound in {
+        "--model.dropout": "in [0, 1)",
+        "--optimizer.learning-rate": "above 0",
+        "--optimizer.clip-norm": "above 0",
+        "--optimizer.accumulate": "at least 1",
+        "--model.bias-init.value": "finite",
+        "--data.augment.rotate": "in [0, 180]",
+    }.items():
+        assert re.search(rf"{re.escape(option)} [^(]*; {re.escape(bound)} \(default", words), option
+
+
+# --- The console script ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", commands.VERBS)
+def test_each_verb_has_help(verb, capsys):
+    assert main(verb)(["--help"]) == 0
+    assert f"usage: flaxmnist {verb} " in capsys.readouterr().out
+    assert (ROOT / f"launch/{verb}.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--help"], 0, ""),
+        (["-h"], 0, ""),
+        ([], 2, "flaxmnist: no verb: use one of these\n"),
+        (["trian", "small.py"], 2, "flaxmnist: there is no verb 'trian': use one of these\n"),
+    ],
+)
+def test_usage_lists_the_verbs(arguments, code, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["flaxmnist", *arguments])
+    assert commands.main() == code
+    printed = capsys.readouterr()
+    assert printed.err == (f"{message}{commands.USAGE}\n" if code else "")
+    assert printed.out == ("" if code else f"{commands.USAGE}\n")
+    assert all(re.search(rf"^  {verb} ", commands.USAGE, re.MULTILINE) for verb in commands.VERBS)
+
+
+def test_the_console_script_runs_a_verb_and_names_the_next_ones(experiment):
+    command = [sys.executable, "-W", "error", "-m", "flaxmnist.commands", "train", "small.py", "--workdir", "run"]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    cwd = experiment.parent
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, check=False)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.splitlines()[-3:] == [
+        "next: flaxmnist evaluate run",
+        "      flaxmnist report run",
+        "      flaxmnist predict run IMAGE.png",
+    ]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ SMALL = """
 from flaxmnist.config import *
 config = Config(
     name="small",
-    model=CNN(features=(8,), kernel=(3,), dense=32, dropout=0.5),
+    model=CNNConfig(features=(8,), kernel=(3,), dense=32, dropout=0.5),
     optimizer=Adam(learning_rate=1e-3),
     data=Data(name="digits"),
     train=Train(batch_size=64, steps=STEPS, log_every=100, evaluate_every=1000, checkpoint_every=500),

@@ -27,8 +27,8 @@ def test_modules_work_without_a_config(model, getkey):
 
 
 OTHER_CNNS = [
-    config.CNN(features=(3, 3), padding="VALID", dense=5),
-    config.CNN(features=(3, 3), kernel=(5, 3), dense=5, space_to_depth=3),
+    config.CNNConfig(features=(3, 3), padding="VALID", dense=5),
+    config.CNNConfig(features=(3, 3), kernel=(5, 3), dense=5, space_to_depth=3),
 ]
 
 
@@ -42,7 +42,7 @@ def test_models_accept_any_shape_and_number_of_classes(model, shape, classes):
 def test_cnn_without_pixels_left_is_rejected():
     message = r"no pixel left of 28×28 after 3 VALID convolutions with kernels \(5, 5, 5\) and pooling: use a smaller"
     with pytest.raises(UserError, match=message):
-        models.make_model(config.CNN(features=(2, 2, 2), padding="VALID"), (28, 28), 10, nnx.Rngs(0))
+        models.make_model(config.CNNConfig(features=(2, 2, 2), padding="VALID"), (28, 28), 10, nnx.Rngs(0))
 
 
 def test_mlp_matches_its_formula(getkey):
@@ -98,10 +98,10 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("name", ["softmax_epochs", "mlp_scratch", "cnn_experts", "cnn_layers"])
+@pytest.mark.parametrize("name", GOLDEN)
 def test_golden_initial_values(name):
     """Identical for all versions and machines. A change makes earlier runs irreproducible: document it and why."""
-    experiment = fm.load_experiment(f"experiments/{name}.py")
+    experiment = fm.load_experiment(name)
     rngs = nnx.Rngs(params=stream_key(0, "init"))
     params = nnx.to_pure_dict(nnx.state(models.make_model(experiment.model, (28, 28), 10, rngs)))
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)))

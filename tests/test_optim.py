@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from flaxmnist import config
+from flaxmnist import config, fields
 from flaxmnist.core.optim import make_optimizer, schedule
 
 GRADIENTS = [np.array(g) for g in ([1.0, -2.0], [0.5, 0.5], [-3.0, 1.0])]
@@ -100,9 +100,7 @@ def test_learning_rate_may_be_traced():
     """As in a sweep: the learning rate is an argument of the compiled program."""
 
     def update(rate):
-        # As fields.replace does for a traced value.
-        optimizer = config.SGD()
-        object.__setattr__(optimizer, "learning_rate", rate)
+        optimizer = fields.replace(config.SGD(), "learning_rate", rate, check=False)
         transformation = make_optimizer(optimizer, 1)
         return transformation.update(jnp.ones(1), transformation.init(jnp.ones(1)))[0]
 

@@ -15,7 +15,7 @@ def experiment(batch_size=4, steps: int | None = 100, epochs: int | None = None,
     return config.Config(
         name="order",
         seed=seed,
-        model=config.Softmax(),
+        model=config.SoftmaxConfig(),
         optimizer=config.SGD(learning_rate=0.1),
         data=config.Data(**data),
         train=config.Train(batch_size=batch_size, steps=steps, epochs=epochs),

@@ -7,10 +7,10 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from conftest import MODELS, ROOT, assert_same, small
+from conftest import MODELS, ROOT, assert_same, slow, small
 
 import flaxmnist as fm
-from flaxmnist.config import MLP, SGD, Adam, Augment, Config, Data, Softmax
+from flaxmnist.config import SGD, Adam, Augment, Config, Data, MLPConfig, SoftmaxConfig
 from flaxmnist.data.sets import Split
 from flaxmnist.devices import parallel, program
 from flaxmnist.errors import UserError
@@ -36,17 +36,13 @@ def assert_close(run, expected, atol) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize("model", ["softmax", "mlp", slow("cnn")])
 @pytest.mark.parametrize(
     ("backend", "devices"), [slow("jit", 2), slow("jit", 4), ("jit", 8), ("pmap", 4), slow("pmap", 8)]
 )
 def test_parameters_do_not_depend_on_devices(model, backend, devices, digits, fit_on_one_device):
     run = fm.fit(one_epoch(model), digits, backend=backend, devices=devices)
-    assert (run.result["backend"], run.result["devices"]) == (backend, devices)
+    assert (run.result.backend, run.result.devices) == (backend, devices)
     assert_close(run, fit_on_one_device(one_epoch(model)), 1e-5)
 
 
@@ -65,7 +61,7 @@ def test_devices_with_only_padding(backend, digits):
     on_one, on_four, on_eight = (
         fm.fit(config, replace(digits, train=train), backend=backend, devices=devices) for devices in (1, 4, 8)
     )
-    assert on_one.result["steps"] == 6
+    assert on_one.result.steps == 6
     for run in (on_four, on_eight):
         assert_close(run, on_one, 1e-5)
 
@@ -98,18 +94,18 @@ def test_a_run_resumes_on_another_number_of_devices(before, after, few, tmp_path
 
 
 @pytest.mark.parametrize(("devices", "model_parallel"), [(2, 2), slow(8, 4)])
-@pytest.mark.parametrize("model", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["mlp", slow("cnn")])
 def test_sharded_and_replicated_parameters_train_the_same(
     model, devices, model_parallel, digits, fit_on_one_device, tmp_path
 ):
     run = fm.fit(one_epoch(model), digits, tmp_path, devices=devices, model_parallel=model_parallel)
     assert_close(run, fit_on_one_device(one_epoch(model)), 1e-4)
-    assert run.result["params_sha256"] == json.loads((tmp_path / "result.json").read_text())["params_sha256"]
+    assert run.result.params_sha256 == json.loads((tmp_path / "result.json").read_text())["params_sha256"]
     assert_same(fm.load_run(tmp_path).state.params, run.state.params)
 
 
 def test_kernels_and_their_optimizer_state_are_sharded(few):
-    config = small(MLP(hidden=(32,)), optimizer=Adam())
+    config = small(MLPConfig(hidden=(32,)), optimizer=Adam())
     mesh = parallel.make_mesh(8, model_parallel=4)
     state = program.initial_state(config, few, mesh)
     compiled = program.Program(config, state, program.put_split(few.train, mesh), mesh)
@@ -142,7 +138,7 @@ def test_an_invalid_combination_is_an_error(name, few):
 def test_a_model_that_cannot_be_sharded_is_an_error(few):
     data = replace(few, classes=7)
     with pytest.raises(UserError, match=r"divides no dimension of a dense kernel \(9×784, 7×9\)"):
-        fm.fit(small(MLP(hidden=(9,)), batch_size=5), data, devices=5, model_parallel=5)
+        fm.fit(small(MLPConfig(hidden=(9,)), batch_size=5), data, devices=5, model_parallel=5)
 
 
 # --- Communication --------------------------------------------------------------------------------------------------
@@ -161,7 +157,7 @@ def test_a_step_exchanges_only_the_gradient_and_its_metrics(model, backend, few)
 def test_scaling_report(few, monkeypatch):
     monkeypatch.setattr(benchmarks, "STRETCH_SECONDS", 0.01)
     monkeypatch.setattr(benchmarks, "ROUNDS", 1)
-    rows = scaling.measure(small(Softmax(), batch_size=12), few)
+    rows = scaling.measure(small(SoftmaxConfig(), batch_size=12), few)
     assert [(row["backend"], row["devices"]) for row in rows] == [(b, n) for b in ("jit", "pmap") for n in (1, 2, 4, 8)]
     assert {row["batch_size"] for row in rows} == {16}, "divisible by eight devices"
     assert all(row[kind]["ratio"] == 1 for row in rows if row["devices"] == 1 for kind in ("strong", "weak"))

@@ -9,16 +9,23 @@ from conftest import small
 from flax import nnx
 
 import flaxmnist as fm
+from flaxmnist.config import Adam
 from flaxmnist.core import models
 from flaxmnist.errors import UserError
 from flaxmnist.show import figures, plots
-from flaxmnist.sweeps.parts import Sweep
 
 
 @pytest.fixture(scope="module")
 def run(few):
     """Three epochs of softmax regression with five batches each, evaluated every three steps."""
     return fm.fit(small(steps=15, evaluate_every=3), few)
+
+
+@pytest.fixture(scope="module")
+def sweep(few):
+    """Two settings with two seeds each."""
+    over = {"train.steps": [5], "optimizer.b1": [0.8, 0.9]}
+    return fm.sweep(small(optimizer=Adam()), few, seeds=2, over=over, devices=1)
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +168,10 @@ def test_more_runs_than_colours_differ_in_markers(run):
     assert len(styles) == len(lines) == 60
 
 
-def test_unsuitable_models_and_fields_are_rejected(few, run):
+def test_unsuitable_models_and_fields_are_rejected(few, run, sweep):
     with pytest.raises(UserError, match="Softmax has no feature maps: use a CNN"):
         plots.feature_maps(run.model, few.test.images[0])
-    sweep = Sweep({"experiments": ["e"], "members": [], "over": {"optimizer.b1": [0.8]}, "groups": [{}]}, {})
-    with pytest.raises(UserError, match=r"typo was not swept: use one of optimizer\.b1"):
+    with pytest.raises(UserError, match=r"typo was not swept: use one of train\.steps, optimizer\.b1"):
         plots.against(sweep, "typo")
 
 
@@ -196,10 +202,8 @@ def test_values_has_the_range_in_its_title(few):
     assert f"70 images of 28×28 pixels, uint8: 0 to {pixels.max()}" in plots.values(pixels).axes[0].get_title()
 
 
-def test_settings_are_named_by_the_fields_that_vary():
-    trials = [
-        {"experiment": "e", "fields": {"train.steps": 5, "optimizer.b1": b1}, "failed": None} for b1 in (0.8, 0.8, 0.9)
-    ]
-    over = {"train.steps": [5], "optimizer.b1": [0.8, 0.9]}
-    sweep = Sweep({"experiments": ["e"], "members": trials, "over": over}, {})
-    assert plots.trials_by_setting(sweep) == {"b1 0.8": [0, 1], "b1 0.9": [2]}
+def test_settings_are_named_by_the_fields_that_vary(sweep):
+    assert plots.trials_by_setting(sweep) == {"b1 0.8": [0, 1], "b1 0.9": [2, 3]}
+    failed = [replace(trial, failed="diverged") for trial in sweep.members[2:]]
+    failed = replace(sweep, result=replace(sweep.result, members=(*sweep.members[:2], *failed)))
+    assert plots.trials_by_setting(failed) == {"b1 0.8": [0, 1]}

@@ -17,7 +17,6 @@ from scipy.interpolate import make_interp_spline
 import flaxmnist as fm
 from flaxmnist.data.photos import read_digit
 from flaxmnist.errors import exit_code
-from flaxmnist.show import text
 
 # Pen strokes of each digit: points (x, y) in percent of the width and height, from the top left.
 STROKES = [
@@ -76,24 +75,13 @@ def test_good_model_reads_drawn_and_printed_digits(tmp_path):
     experiment = fm.load_experiment("experiments/speedrun.py")
     config = replace(experiment, train=replace(experiment.train, steps=1000))
     run = fm.fit(config, fm.load_data(config.data, os.environ["FLAXMNIST_DATA"]), devices=1)
-    assert run.result["test_accuracy"] >= 0.99
+    assert run.result.test_accuracy >= 0.99
     drawn = [draw_digit(digit, width=6 + 4 * digit, slant=0.02 * (digit - 4)) for digit in range(10)]
     for index, picture in enumerate([*drawn, *map(print_digit, range(10), FONTS)]):
         picture.save(tmp_path / f"{index:02d}.png")
     images = np.stack([read_digit(path) for path in sorted(tmp_path.iterdir())])
     predictions, _ = fm.predict(run.model, images)
     assert (predictions == np.arange(20) % 10).sum() >= 18, predictions
-
-
-def test_image_is_shown_next_to_its_prediction():
-    image = np.zeros((28, 28, 1), np.uint8)
-    image[4:6, 10], image[7, 3] = 255, 128
-    lines = text.show_prediction("a.png", image, np.array([0.25, 0.75, *[0.0] * 8])).splitlines()
-    assert len(lines) == 14
-    assert lines[2][11] == "█" and lines[3][4] == "░", "two rows of pixels per line"
-    assert {line[1:29] for line in lines} - {lines[2][1:29], lines[3][1:29]} == {" " * 28}
-    assert lines[0].endswith("│  a.png: 1")
-    assert lines[3].endswith(f"│  1  0.7500  {15 * '▪'}") and lines[11].endswith("│  9  0.0000")
 
 
 def test_predict_shows_the_images(digits, few, tmp_path, capsys):

@@ -17,7 +17,7 @@ import flaxmnist as fm
 from flaxmnist.devices import evaluation
 from flaxmnist.errors import Stopped, UserError
 from flaxmnist.show import reports
-from flaxmnist.sweeps import sweeps
+from flaxmnist.sweeps.runner import run_sweep
 
 # The pictures for a CNN, in the order of the page.
 PICTURES = [
@@ -62,6 +62,15 @@ def test_only_a_cnn_has_feature_maps(runs, digits):
     assert [picture.name for picture in reports.model_pictures(run, digits)] == ["weights"]
 
 
+def test_batches_have_curves_only_if_an_epoch_has_at_least_two(few):
+    """The 70 images make five batches per epoch."""
+    names = {}
+    for log_every in (2, 3):
+        run = fm.fit(small(log_every=log_every), few)
+        names[log_every] = [picture.name for picture in reports.training_pictures(run)]
+    assert names == {2: ["history", "batch_costs"], 3: ["history"]}
+
+
 def test_an_unfinished_run_is_evaluated_on_validation_images(digits, tmp_path):
     """The test images are used only once, at the end of a run."""
     stop = threading.Event()
@@ -89,14 +98,14 @@ def test_several_runs_are_compared(copy):
 def test_a_sweep(few, tmp_path):
     config = small(steps=3)
     settings = [{"optimizer.learning_rate": rate} for rate in (0.1, 1.0)]
-    sweeps.run([(config, few)], range(2), settings, workdir=tmp_path, devices=2)
+    run_sweep([(config, few)], range(2), settings, workdir=tmp_path, devices=2)
     page, pictures = reports.write([tmp_path])
     assert [path.stem for path in pictures] == ["curves", "distribution", "optimizer.learning_rate"]
     assert "small optimizer.learning_rate=0.1" in page.read_text()
     result = json.loads((tmp_path / "result.json").read_text())
     for name in ("members", "groups", "over", "experiments"):
         (tmp_path / "result.json").write_text(json.dumps({key: value for key, value in result.items() if key != name}))
-        with pytest.raises(UserError, match="is damaged or incomplete"):
+        with pytest.raises(UserError, match=f"result.json is damaged: the JSON has no field {name!r}"):
             reports.write([tmp_path])
     (tmp_path / "result.json").unlink()
     with pytest.raises(UserError, match="is not finished: continue the sweep"):
@@ -107,7 +116,7 @@ def test_a_sweep(few, tmp_path):
 
 def test_names_are_escaped(runs, tmp_path):
     run = fm.load_run(runs / "softmax")
-    sections = reports.comparison_sections({"<i>": run, "other": replace(run, result={})})
+    sections = reports.comparison_sections({"<i>": run, "other": replace(run, result=None)})
     page, _ = reports.save("<b>", sections, tmp_path)
     assert not re.search("<[bi]>", page.read_text())
 
@@ -135,7 +144,7 @@ def test_a_result_of_another_checkpoint_is_ignored(digits, tmp_path):
     """If the newest checkpoint is lost, the report is about the one before."""
     fm.fit(small(steps=4, checkpoint_every=2), digits, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints/4")
-    facts = dict(reports.facts(fm.load_run(tmp_path)))
+    facts = reports.facts(fm.load_run(tmp_path))
     assert facts["steps"] == "2 of 4: not finished" and "test accuracy" not in facts
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -17,7 +18,7 @@ SMALL = """
 from flaxmnist.config import *
 config = Config(
     name="small",
-    model=CNN(features=(8,), kernel=(3,), dense=64),
+    model=CNNConfig(features=(8,), kernel=(3,), dense=64),
     optimizer=Adam(),
     data=Data(name="digits"),
     train=Train(batch_size=64, steps=1_000_000, log_every=10),
@@ -26,7 +27,7 @@ config = Config(
 
 BUSY = """
 import hashlib
-from flaxmnist import signals
+from flaxmnist.devices import signals
 with signals.stop_on_signals({grace}):
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # takes minutes, without running Python's signal handlers
@@ -63,6 +64,25 @@ def test_a_process_exits_while_its_main_thread_is_busy(grace, count, message):
         assert time.monotonic() - start < 10
     assert process.returncode == 75
     assert errors == f"flaxmnist: {message}; --resume continues\n"
+
+
+@pytest.mark.parametrize("verb", ["train", "sweep"])
+@pytest.mark.parametrize("command", [["launch/{}.py"], ["-m", "flaxmnist.commands", "{}"]], ids=" ".join)
+def test_a_command_exits_at_once_before_its_imports_are_done(verb, command):
+    command = [sys.executable, *(word.format(verb) for word in command), "nowhere.py", "--workdir", "nowhere"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        while process.poll() is None and not handles(process.pid, signal.SIGUSR1):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert errors == "flaxmnist: stopped; --resume continues\n"
+
+
+def handles(process: int, number: int) -> bool:
+    """Return True if a process has a handler for a signal."""
+    mask = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text())[1]
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import MODELS, assert_same, small
+from flax import nnx
 
 import flaxmnist as fm
 from flaxmnist.config import SGD, Adam, Augment, Config, Data, Objective
@@ -42,8 +43,6 @@ def test_step_updates_by_the_gradient_of_the_mean_loss(model, few):
     batch = make_batch(few, 16)
 
     def loss(params):
-        from flax import nnx
-
         logits = nnx.merge(state.graphdef, params)(batch.images)
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), batch.labels[:, None], 1))
 
@@ -166,6 +165,6 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_first_steps(name, digits):
     """Losses of the first two steps on the digits. A change affects every result: document it and why."""
-    experiment = order.resolve_length(fm.load_experiment(f"experiments/{name}.py"), len(digits.train.labels))
+    experiment = order.resolve_length(fm.load_experiment(name), len(digits.train.labels))
     _, (metrics,) = run(experiment, digits, [2], capacity=2)
     np.testing.assert_allclose(metrics.batch.loss / metrics.batch.images, GOLDEN[name], rtol=1e-5)

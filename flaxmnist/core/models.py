@@ -141,29 +141,17 @@ def first_weights(model: nnx.Module, shape: tuple[int, int] = (28, 28)) -> Float
             return None
 
 
-def make_model(model: config.Model, shape: tuple[int, int], classes: int, rngs: nnx.Rngs) -> Softmax | MLP | CNN:
+MODULES = {config.SoftmaxConfig: Softmax, config.MLPConfig: MLP, config.CNNConfig: CNN}
+
+
+def make_model(model: config.Model, shape: tuple[int, int], classes: int, rngs: nnx.Rngs) -> nnx.Module:
     """Return the module that ``model`` describes, for images of ``shape`` (height, width)."""
-    common = {
-        "shape": shape,
-        "classes": classes,
+    options = vars(model) | {
         "kernel_init": layers.initializer(model.kernel_init),
         "bias_init": layers.initializer(model.bias_init),
-        "rngs": rngs,
     }
-    match model:
-        case config.Softmax():
-            return Softmax(**common)
-        case config.MLP(hidden=hidden):
-            return MLP(hidden=hidden, **common)
-        case config.CNN():
-            return CNN(
-                features=model.features,
-                kernel=model.kernel,
-                space_to_depth=model.space_to_depth,
-                padding=model.padding,
-                dense=model.dense,
-                **common,
-            )
+    del options["dropout"]  # a training step passes it to the call
+    return MODULES[type(model)](shape=shape, classes=classes, rngs=rngs, **options)
 
 
 def with_weights(

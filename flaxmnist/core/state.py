@@ -42,14 +42,6 @@ class Metrics(NamedTuple):
         return dict(sorted(messages.items()))
 
 
-def consecutive_before(step: int, steps: list[int]) -> int:
-    """Count how many of the ascending ``steps`` come directly before ``step`` without a gap."""
-    count = 0
-    while count < len(steps) and steps[-1 - count] == step - 1 - count:
-        count += 1
-    return count
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:

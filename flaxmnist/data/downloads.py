@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from flaxmnist.data.idx import ALTERNATIVE
 from flaxmnist.errors import UserError
 
 TIMEOUT = 15.0  # seconds that a server may stay silent, from the DNS lookup to the last byte
@@ -28,8 +29,7 @@ BLOCK_SIZE = 1 << 18  # most bytes to read from the network at a time
 def obtain(url: str, target: Path, checksum: str, size: int) -> None:
     """Ensure that ``target`` is the file at ``url``, of ``size`` bytes and with SHA-256 ``checksum`` in hexadecimal.
 
-    An existing file is always hashed: a damaged one is downloaded again, an intact one is left untouched. Raise
-    UserError if the file is missing or damaged and cannot be downloaded.
+    An existing file is always hashed: a damaged one is downloaded again, an intact one is left untouched.
     """
     # Unlike Path.is_file, this returns False, and does not raise, in a folder without search permission.
     if not os.path.isfile(target):
@@ -42,13 +42,11 @@ def obtain(url: str, target: Path, checksum: str, size: int) -> None:
 
 
 def fetch(url: str, target: Path, checksum: str, size: int) -> None:
-    """Download the file at ``url``, of ``size`` bytes and with SHA-256 ``checksum`` in hexadecimal, to ``target``.
+    """Download the file at ``url`` and put it at ``target`` atomically; the arguments are those of ``obtain``.
 
-    ``target`` is written atomically; an existing file is replaced. Give up if the server is silent for ``TIMEOUT``
-    seconds. Show a progress bar if standard error is a terminal, and print one line otherwise. Raise UserError if the
-    download fails, ``target`` cannot be written, or the file is not the expected one.
+    Show a progress bar if standard error is a terminal, and print one line otherwise. Raise UserError if the download
+    fails, ``target`` cannot be written, or the file is not the expected one.
     """
-    alternative = "or use --data.name digits, which needs no download"
     # In the same folder, so that the rename is atomic; randomly named, because several processes may download it.
     partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     terminal = sys.stderr.isatty()
@@ -71,17 +69,17 @@ def fetch(url: str, target: Path, checksum: str, size: int) -> None:
             raise DownloadError(f"it is not the expected file (its SHA-256 is {found}, not {checksum})")
         os.replace(partial, target)
     except DownloadError as error:
-        raise UserError(f"cannot download {url}: {error}; put the file at {target} yourself, {alternative}") from error
+        raise UserError(f"cannot download {url}: {error}; put the file at {target} yourself, {ALTERNATIVE}") from error
     except OSError as error:
         problem = f"cannot write {target}, downloaded from {url}: {error.strerror or error}"
-        raise UserError(f"{problem}; pass a writable folder as --data-dir, {alternative}") from error
+        raise UserError(f"{problem}; pass a writable folder as --data-dir, {ALTERNATIVE}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
 
 
 class DownloadError(Exception):
-    """A failed download, with the reason as its message."""
+    """A failed download, with the reason as its message, on one line."""
 
 
 def receive(url: str, size: int) -> Iterator[bytes]:
@@ -95,22 +93,16 @@ def receive(url: str, size: int) -> Iterator[bytes]:
             while received <= size and (block := response.read1(min(BLOCK_SIZE, size + 1 - received))):
                 received += len(block)
                 yield block
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise DownloadError(f"the server responded {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-        raise DownloadError(describe(error)) from error
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, TimeoutError):
+            raise DownloadError(f"the server was silent for {TIMEOUT:g} seconds") from error
+        raise DownloadError(" ".join(str(reason).split()) or type(reason).__name__) from error
     if received != size:
         raise DownloadError(f"received {'over ' * (received > size)}{min(received, size):,} bytes instead of {size:,}")
-
-
-def describe(error: OSError | http.client.HTTPException) -> str:
-    """Return the reason why a request failed, on one line."""
-    if isinstance(error, urllib.error.HTTPError):
-        return f"the server responded {error.code} {error.reason}"
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(reason, TimeoutError):
-        return f"the server was silent for {TIMEOUT:g} seconds"
-    return " ".join(str(reason).split()) or type(reason).__name__
 
 
 def open_url(url: str) -> http.client.HTTPResponse:
@@ -130,11 +122,10 @@ def open_url(url: str) -> http.client.HTTPResponse:
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(TIMEOUT)
-    if not outcome:
-        raise TimeoutError
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+    result = outcome[0] if outcome else TimeoutError()
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def sha256(path: Path) -> str:
@@ -143,5 +134,4 @@ def sha256(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        remedy = "check the permissions, or use --data.name digits"
-        raise UserError(f"cannot read {path}: {error.strerror}; {remedy}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; check the permissions, {ALTERNATIVE}") from error

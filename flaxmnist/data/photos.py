@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Num, UInt8
+from jaxtyping import Bool, Float, Num, Shaped, UInt8
 
 from flaxmnist.errors import UserError
 
@@ -72,7 +72,7 @@ def read_digit(path: str | Path) -> UInt8[np.ndarray, "28 28 1"]:
     path = Path(path)
     picture = decode(path)
     if in_mnist_form(picture):
-        return picture[:, :, :1].copy()
+        return picture
     ink = extract_ink(picture)
     if ink is None:
         raise UserError(f"{path} is blank, or nearly so: pass an image of one digit that contrasts with its background")
@@ -83,37 +83,29 @@ def to_mnist_form(ink: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "28 28 1"]
     """Crop ``ink``, from 0 (none) to 255, scale it to fit the box, and centre it. Raise ValueError if there is none."""
     from PIL import Image
 
-    top, bottom, left, right = bounds(ink > 0)
-    cropped = Image.fromarray(ink[top:bottom, left:right])
+    cropped = Image.fromarray(crop(ink))
     width, height = (max(1, round(side * BOX_SIDE / max(cropped.size))) for side in cropped.size)
     # Pillow widens its filters when it scales down, which prevents aliasing.
     digit = np.asarray(cropped.resize((width, height), Image.Resampling.BICUBIC))
     # Clip so that even a lopsided digit stays within the image.
-    corner = np.round(CENTRE - centre_of_mass(digit)).clip(0, SIDE - np.array(digit.shape))
-    row, column = corner.astype(int)
+    row, column = np.round(CENTRE - centre_of_mass(digit)).clip(0, SIDE - np.array(digit.shape)).astype(int)
     image = np.zeros((SIDE, SIDE, 1), np.uint8)
     image[row : row + height, column : column + width, 0] = digit
     return image
 
 
-def in_mnist_form(picture: UInt8[np.ndarray, "h w 3"]) -> bool:
+def in_mnist_form(picture: UInt8[np.ndarray, "h w c"]) -> bool:
     """Return True if ``picture`` is grey and 28×28, with a centred digit that fits the box, on pure black."""
-    grey = picture[:, :, 0]
-    if grey.shape != (SIDE, SIDE) or not grey.any() or not is_grey(picture):
+    if picture.shape != (SIDE, SIDE, 1) or not picture.any():
         return False
-    top, bottom, left, right = bounds(grey > 0)
-    return max(bottom - top, right - left) <= BOX_SIDE and bool(np.all(abs(centre_of_mass(grey) - CENTRE) < 1))
+    grey = picture[:, :, 0]
+    return max(crop(grey).shape) <= BOX_SIDE and bool(np.all(abs(centre_of_mass(grey) - CENTRE) < 1))
 
 
-def is_grey(picture: UInt8[np.ndarray, "h w 3"]) -> bool:
-    """Return True if the three colours of every pixel are equal."""
-    return not np.ptp(picture, axis=2).any()
-
-
-def bounds(mask: Bool[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
-    """Return the row range (first, last + 1), then the column range, of ``mask``. Raise ValueError if it is empty."""
-    rows, columns = np.nonzero(mask)
-    return int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1
+def crop(image: Shaped[np.ndarray, "h w"]) -> Shaped[np.ndarray, "H W"]:
+    """Return the smallest rectangle that contains all pixels but those of value 0. Raise ValueError if all are 0."""
+    rows, columns = np.nonzero(image)
+    return image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
 
 
 def centre_of_mass(grey: Num[np.ndarray, "h w"]) -> Float[np.ndarray, "2"]:
@@ -121,26 +113,25 @@ def centre_of_mass(grey: Num[np.ndarray, "h w"]) -> Float[np.ndarray, "2"]:
     return np.array([np.average(index, weights=grey) for index in np.indices(grey.shape)])
 
 
-def decode(path: Path) -> UInt8[np.ndarray, "h w 3"]:
-    """Return the image in a file as RGB, upright, opaque, and at most ``WORKING_SIDE`` pixels per side.
+def decode(path: Path) -> UInt8[np.ndarray, "h w c"]:
+    """Return the image in a file, grey or RGB, upright, opaque, and at most ``WORKING_SIDE`` pixels per side.
 
     Raise UserError if the file cannot be read, is not an image, or has too many pixels.
     """
     from PIL import Image, UnidentifiedImageError
 
-    too_large = f"{path} has over {MAX_PIXELS // 10**6} million pixels: crop it to the digit, or save it smaller"
     if not os.path.isfile(path):
         raise UserError(f"there is no image file {path}: pass an image of one digit")
     try:
         # Pillow's warnings are about odd EXIF data, which is harmless here, or about the size, which is checked below.
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise UserError(too_large)
-            return to_rgb(image)
-    except UserError:
-        raise
+                raise Image.DecompressionBombError
+            rgb = to_rgb(image)
+            return rgb if np.ptp(rgb, axis=2).any() else rgb[:, :, :1].copy()
     except Image.DecompressionBombError:
-        raise UserError(too_large) from None
+        size = f"{MAX_PIXELS // 10**6} million pixels"
+        raise UserError(f"{path} has over {size}: crop it to the digit, or save it smaller") from None
     except UnidentifiedImageError:
         raise UserError(f"{path} is not an image in a supported format: pass one of {', '.join(FORMATS)}") from None
     except PermissionError as error:
@@ -152,7 +143,7 @@ def decode(path: Path) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def to_rgb(image: "Image.Image") -> UInt8[np.ndarray, "h w 3"]:
-    """Return an opened image in the form described in ``decode``."""
+    """Return an opened image as ``decode`` does, always with three channels."""
     from PIL import Image, ImageOps
 
     if image.has_transparency_data and image.mode != "RGBA":
@@ -167,8 +158,7 @@ def to_rgb(image: "Image.Image") -> UInt8[np.ndarray, "h w 3"]:
     if image.mode == "F":
         # Greys of more than 8 bits have no standard white: stretch their range from black to white.
         grey = np.asarray(image)
-        grey = 255 * (grey - grey.min()) / max(np.ptp(grey), 1)
-        image = Image.fromarray(grey.astype(np.uint8))
+        image = Image.fromarray((255 * (grey - grey.min()) / max(np.ptp(grey), 1)).astype(np.uint8))
     if image.mode != "RGBA":
         return np.array(image.convert("RGB"))
     # A transparent image is put on white, like paper, unless its digit is white.
@@ -179,14 +169,14 @@ def to_rgb(image: "Image.Image") -> UInt8[np.ndarray, "h w 3"]:
     return on_white if np.ptp(on_white) >= MIN_CONTRAST else on_black
 
 
-def extract_ink(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "H W"] | None:
+def extract_ink(picture: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "H W"] | None:
     """Return the ink at each pixel, from 0 (none) to 255, or None if the picture is blank.
 
-    The digit may be lighter or darker than its background; the colour channel with the best separation is used.
+    The digit may be lighter or darker than its background; the channel with the best separation is used.
     """
     from scipy import ndimage
 
-    channels = np.moveaxis(picture[:, :, : 1 if is_grey(picture) else 3].astype(np.float32), 2, 0)
+    channels = np.moveaxis(picture.astype(np.float32), 2, 0)
     _, ink, threshold, noise = max(map(separate_ink, channels), key=lambda separation: separation[0])
     strokes = ink > threshold
     if not strokes.any():
@@ -225,11 +215,10 @@ def thicken_strokes(ink: UInt8[np.ndarray, "h w"], strokes: Bool[np.ndarray, "h 
     """
     from scipy import ndimage
 
-    top, bottom, left, right = bounds(strokes)
     # Across a stroke, the mean distance to the edge is a quarter of its width.
     distances: Any = ndimage.distance_transform_edt(np.pad(strokes, 1))
     pen_width = 4 * np.mean(distances[1:-1, 1:-1][strokes] - 0.5)
-    extra = round(MIN_PEN_WIDTH * max(bottom - top, right - left) / BOX_SIDE - pen_width)
+    extra = round(MIN_PEN_WIDTH * max(crop(strokes).shape) / BOX_SIDE - pen_width)
     return ndimage.maximum_filter(np.pad(ink, extra), 1 + extra) if extra > 0 else ink
 
 

@@ -17,9 +17,12 @@ from flaxmnist.data.downloads import obtain, sha256
 from flaxmnist.data.idx import ALTERNATIVE, read_idx
 from flaxmnist.data.photos import to_mnist_form
 from flaxmnist.errors import UserError
-from flaxmnist.fields import check_types
+from flaxmnist.fields import FieldType
 
 logger = logging.getLogger("flaxmnist")
+
+# The files of a data set: images and labels for training, then for testing.
+STEMS = ("train-images", "train-labels", "t10k-images", "t10k-labels")
 
 
 class Split(NamedTuple):
@@ -68,7 +71,7 @@ def load_data(data: Data | str, data_dir: str | Path | None = None) -> Dataset:
     """
     if isinstance(data, str):
         data = Data(name=data)  # pyright: ignore[reportArgumentType]
-    check_types(Data, data, "data")
+    FieldType(Data).check(data, "data")
     folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     match data.name:
         case "digits":
@@ -84,29 +87,21 @@ def split_files(files: Files, data: Data) -> Dataset:
     """Hold out the validation images; raise UserError if there are too few images or train and test do not match."""
     train, test = files.train, files.test
     classes = int(train.labels.max()) + 1
-    if test.images.shape[1:] != train.images.shape[1:]:
-        sizes = [f"{images.shape[1]}×{images.shape[2]}" for images in (train.images, test.images)]
-        raise UserError(f"{data.name}: training images are {sizes[0]}, test images {sizes[1]}: make them the same size")
+    if size(test.images) != size(train.images):
+        sizes = f"training images are {size(train.images)}, test images {size(test.images)}"
+        raise UserError(f"{data.name}: {sizes}: make them the same size")
     if test.labels.max() >= classes:
-        raise UserError(
-            f"{data.name}: the largest test label is {test.labels.max()}, but the largest training label is only "
-            f"{classes - 1}: add training images of every class, {ALTERNATIVE}"
-        )
+        labels = f"the largest test label is {test.labels.max()}, but the largest training label is only {classes - 1}"
+        raise UserError(f"{data.name}: {labels}: add training images of every class, {ALTERNATIVE}")
     count = len(train.labels)
     held_out = min(5000, math.ceil(count / 8)) if data.validation is None else data.validation
-    if not 0 <= held_out < count:
+    if held_out >= count:
         raise UserError(
             f"data.validation must lie in [0, {count - 1}], to leave one of {count} training images, but is {held_out}"
         )
-    return Dataset(
-        name=data.name,
-        source=files.source,
-        file_order=files.file_order,
-        classes=classes,
-        train=Split(train.images[held_out:], train.labels[held_out:]),
-        validation=Split(train.images[:held_out], train.labels[:held_out]) if held_out else None,
-        test=test,
-    )
+    validation = Split(train.images[:held_out], train.labels[:held_out]) if held_out else None
+    train = Split(train.images[held_out:], train.labels[held_out:])
+    return Dataset(data.name, files.source, files.file_order, classes, train, validation, test)
 
 
 # --- IDX files --------------------------------------------------------------------------------------------------------
@@ -114,18 +109,15 @@ def split_files(files: Files, data: Data) -> Dataset:
 
 def read_own_files(folder: Path) -> Files:
     """Read the four IDX files in ``folder``, under any of their usual names."""
-    paths = (
-        find_idx_file(folder, ["train-images"], 3),
-        find_idx_file(folder, ["train-labels"], 1),
-        find_idx_file(folder, ["t10k-images", "test-images"], 3),
-        find_idx_file(folder, ["t10k-labels", "test-labels"], 1),
-    )
+    paths = [find_idx_file(folder, stem) for stem in STEMS]
     return read_files(paths, [sha256(path) for path in paths])
 
 
-def find_idx_file(folder: Path, stems: list[str], dimensions: int) -> Path:
-    """Return the path of the IDX file with one of the ``stems``; raise UserError if there is none."""
-    names = [f"{stem}{dot}idx{dimensions}-ubyte{suffix}" for stem in stems for dot in "-." for suffix in ("", ".gz")]
+def find_idx_file(folder: Path, stem: str) -> Path:
+    """Return the path of an IDX file; raise UserError if there is none."""
+    stems = [stem, stem.replace("t10k", "test")] if "t10k" in stem else [stem]
+    kind = "idx3-ubyte" if "images" in stem else "idx1-ubyte"
+    names = [f"{stem}{dot}{kind}{suffix}" for stem in stems for dot in "-." for suffix in ("", ".gz")]
     for name in names:
         if os.path.isfile(folder / name):
             return folder / name
@@ -136,13 +128,7 @@ def read_files(paths: Sequence[Path], checksums: Sequence[str]) -> Files:
     """Read four IDX files: the images and labels of the training set, then those of the test set."""
     contents = ("training images", "training labels", "test images", "test labels")
     hashes = ", ".join(f"{content} {checksum}" for content, checksum in zip(contents, checksums, strict=True))
-    train_images, train_labels, test_images, test_labels = paths
-    return Files(
-        source=f"original files, SHA-256: {hashes}",
-        file_order=True,
-        train=read_split(train_images, train_labels),
-        test=read_split(test_images, test_labels),
-    )
+    return Files(f"original files, SHA-256: {hashes}", True, read_split(*paths[:2]), read_split(*paths[2:]))
 
 
 def read_split(image_file: Path, label_file: Path) -> Split:
@@ -157,9 +143,13 @@ def read_split(image_file: Path, label_file: Path) -> Split:
             f"that belong together, with one label per image and at least one image, {ALTERNATIVE}"
         )
     if not all(8 <= side <= 256 for side in images.shape[1:]):
-        size = f"{images.shape[1]}×{images.shape[2]}"
-        raise UserError(f"{image_file} contains images of {size} pixels: use 8 to 256 per side, {ALTERNATIVE}")
+        raise UserError(f"{image_file} contains images of {size(images)} pixels: use 8 to 256 per side, {ALTERNATIVE}")
     return Split(images[..., np.newaxis], labels.astype(np.int32))
+
+
+def size(images: np.ndarray) -> str:
+    """Return the height and width of images in words: "28×28"."""
+    return f"{images.shape[1]}×{images.shape[2]}"
 
 
 # --- Data sets of tensorflow-datasets ---------------------------------------------------------------------------------
@@ -175,8 +165,7 @@ def load_registered(name: str, folder: Path, order: str) -> Files:
 
     builder = tfds.builder_cls(name)
     infos = builder.url_infos or {}
-    stems = ("train-images", "train-labels", "t10k-images", "t10k-labels")
-    urls = [next(url for url in infos if f"/{stem}-" in url) for stem in stems]
+    urls = [next(url for url in infos if f"/{stem}-" in url) for stem in STEMS]
     checksums = [infos[url].checksum for url in urls]
     paths = [folder / "downloads" / get_dl_fname(*pair) for pair in zip(urls, checksums, strict=True)]
     records = folder / name / str(builder.VERSION)
@@ -198,15 +187,11 @@ def load_prepared(name: str, folder: Path, records: Path, order: str) -> Files:
             f"in {downloads}: put them there, use --data.order shuffled, {ALTERNATIVE}"
         )
     logger.warning(
-        "the original files are not in %s, so reading %s, which takes about 10 s: its images are in another order, so "
-        "the validation images and the results differ",
-        downloads,
-        records,
+        f"the original files are not in {downloads}, so reading {records}, which takes about 10 s: its images are in "
+        "another order, so the validation images and the results differ"
     )
     try:
-        train, test = (
-            stack_elements(tfds.data_source(name, split=split, data_dir=folder)) for split in ("train", "test")
-        )
+        train, test = (stack(tfds.data_source(name, split=split, data_dir=folder)) for split in ("train", "test"))
     except ImportError as error:
         remedy = f"pip install array_record, put the original files in {downloads}, {ALTERNATIVE}"
         raise UserError(f"{records} cannot be read without the package array_record: {remedy}") from error
@@ -216,7 +201,7 @@ def load_prepared(name: str, folder: Path, records: Path, order: str) -> Files:
     return Files(f"tfds array_record {name}/{records.name}", False, train, test)
 
 
-def stack_elements(elements: Iterable[Any]) -> Split:
+def stack(elements: Iterable[Any]) -> Split:
     """Stack mappings with an image and a label each into two arrays."""
     images, labels = zip(*((element["image"], element["label"]) for element in elements), strict=True)
     return Split(np.stack(images), np.array(labels, np.int32))

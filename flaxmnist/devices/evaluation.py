@@ -49,11 +49,12 @@ def predict_logits(model: nnx.Module, images: Images) -> Float[np.ndarray, "n cl
     # The last batch is padded with copies of the last image, whose logits are cut off below.
     indices = np.minimum(np.arange(len(images) + -len(images) % size, dtype=np.int32), len(images) - 1)
     indices = indices.reshape(-1, size)
-    if mesh is None:
-        logits = _forward(graphdef, params, images, indices)
-    else:
-        inputs = parallel.put(images, parallel.replicated(mesh)), parallel.put(indices, parallel.sharded_columns(mesh))
-        logits = parallel.gather(_forward(graphdef, params, *inputs), mesh)
+    if mesh is not None:
+        images = parallel.put(images, parallel.replicated(mesh))
+        indices = parallel.put(indices, parallel.sharded(mesh, None, parallel.BATCH))
+    logits = _forward(graphdef, params, images, indices)
+    if mesh is not None:
+        logits = parallel.gather(logits, mesh)
     return np.asarray(logits).reshape(indices.size, -1)[: len(images)]
 
 
@@ -81,12 +82,8 @@ def score_logits(logits: Float[np.ndarray, "n classes"], labels: Int32[np.ndarra
     confusion = np.zeros((logits.shape[1], logits.shape[1]), np.int64)
     np.add.at(confusion, (labels, predictions), 1)
     losses = -np.take_along_axis(log_softmax(logits), labels[:, None], axis=1)
-    return Evaluation(
-        loss=float(losses.mean()),
-        accuracy=float((predictions == labels).mean()),
-        count=len(labels),
-        confusion=confusion,
-    )
+    accuracy = float((predictions == labels).mean())
+    return Evaluation(float(losses.mean()), accuracy, count=len(labels), confusion=confusion)
 
 
 class Reliability(NamedTuple):

@@ -58,17 +58,12 @@ def check_model(params: Any, mesh: Mesh) -> None:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding that replicates an array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+    return sharded(mesh)
 
 
-def sharded_rows(mesh: Mesh) -> NamedSharding:
-    """Return the sharding that splits the first axis (the trials of a sweep) over BATCH."""
-    return NamedSharding(mesh, PartitionSpec(BATCH))
-
-
-def sharded_columns(mesh: Mesh) -> NamedSharding:
-    """Return the sharding that splits the second axis (the batch of each step) over BATCH."""
-    return NamedSharding(mesh, PartitionSpec(None, BATCH))
+def sharded(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """Return the sharding that splits each dimension over the mesh axis given for it, if it is not None."""
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def state_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -83,7 +78,7 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
         divisible = [size % count == 0 for size in leaf.shape]
         if count == 1 or leaf.ndim != 2 or not any(divisible):
             return replicated(mesh)
-        return NamedSharding(mesh, PartitionSpec(MODEL) if divisible[0] else PartitionSpec(None, MODEL))
+        return sharded(mesh, MODEL) if divisible[0] else sharded(mesh, None, MODEL)
 
     return jax.tree.map(sharding, tree)
 

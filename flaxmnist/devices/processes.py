@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -109,39 +109,47 @@ def join_processes(
     if (address == (None, None, None) and not is_launched()) or not connect(address, heartbeat):
         yield
         return
-    # Gloo logs to standard output, which is for results only: send what it writes there to standard error.
-    sys.stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     # When process 0 dies, JAX aborts the others at once, on a thread that runs no Python. With sleep() as the handler
     # of SIGABRT, which gets the signal's number, 6, as seconds, the watchdog has time to print its message first.
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGABRT, libc.sleep)
-    watchdog = Watchdog(heartbeat)
-    try:
-        yield
-    except (BelowTarget, Diverged, Stopped) as error:
-        # All processes end this way; only the first prints the message.
-        if is_first_process():
+    with results_only(), contextlib.closing(Watchdog(distributed.global_state, heartbeat)):
+        try:
+            yield
+        except (BelowTarget, Diverged, Stopped) as error:
+            # All processes end this way; only the first prints the message.
+            if is_first_process():
+                raise
+            raise SystemExit(error.exit_code) from None
+        except Exception as error:
+            if not isinstance(error, UserError):
+                # A lost process shows first as a failed collective: let the watchdog find out which, and end this one.
+                time.sleep(heartbeat + 6 * HEARTBEAT_INTERVAL)
+            # JAX would wait for the others at exit, but they may still be running: skip that.
+            atexit.register(os._exit, getattr(error, "exit_code", 1))
             raise
-        raise SystemExit(error.exit_code) from None
-    except Exception as error:
-        if not isinstance(error, UserError):
-            # A lost process shows first as a failed collective: let the watchdog find out which, and end this process.
-            time.sleep(heartbeat + 6 * HEARTBEAT_INTERVAL)
-        # JAX would wait for the others at exit, but they may still be running: skip that.
-        atexit.register(os._exit, getattr(error, "exit_code", 1))
-        raise
+
+
+@contextlib.contextmanager
+def results_only() -> Iterator[None]:
+    """Within the block, only Python writes to standard output; what Gloo logs there goes to standard error."""
+    sys.stdout.flush()
+    results = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(results, "w", closefd=False) as stream, contextlib.redirect_stdout(stream):
+            yield
     finally:
-        watchdog.close()
+        os.dup2(results, 1)
+        os.close(results)
 
 
 class Watchdog:
     """Two threads that end this process if another is lost: one exchanges heartbeats, the other checks their age."""
 
-    def __init__(self, heartbeat: float):
+    def __init__(self, state: Any, heartbeat: float):
+        # ``state`` is JAX's. There is no public access to its coordinator and key-value store, which orbax uses too.
         self.timeout, self.closed = heartbeat, threading.Event()
-        # There is no public access to JAX's coordinator and its key-value store, which orbax uses too.
-        state = distributed.global_state
         assert state.client is not None and state.coordinator_address is not None
         self.client, self.process_id = state.client, state.process_id
         host, port = state.coordinator_address.rsplit(":", 1)
@@ -182,10 +190,8 @@ class Watchdog:
         """Return True if nothing listens on the coordinator's port."""
         try:
             socket.create_connection(self.coordinator, timeout=HEARTBEAT_INTERVAL).close()
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            pass
+        except OSError as error:
+            return isinstance(error, ConnectionRefusedError)
         return False
 
     def exit_without(self, other: int) -> None:

@@ -53,9 +53,13 @@ def initial_state(config: Config, data: Dataset, mesh: Mesh) -> TrainState:
     return _jit_create_state(config, data.train.images.shape[1:3], data.classes, mesh)()
 
 
-def state_shapes(config: Config, data: Dataset) -> TrainState:
-    """Return the shapes and dtypes of a state."""
-    return jax.eval_shape(partial(steps.create_state, config, data.train.images.shape[1:3], data.classes))
+def state_shapes(config: Config, data: Dataset, mesh: Mesh) -> TrainState:
+    """Return the shapes, dtypes and shardings of a state."""
+    shapes = jax.eval_shape(partial(steps.create_state, config, data.train.images.shape[1:3], data.classes))
+    shardings = parallel.state_shardings(shapes, mesh)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -76,7 +80,7 @@ class Program:
         self.config, self.train = config, train
         batch_size = config.train.batch_size
         self.capacity = min(MAX_STEPS, config.train.length, max(1, MAX_IMAGES // batch_size))
-        self.replicated, self.batch_sharding = parallel.replicated(mesh), parallel.sharded_columns(mesh)
+        self.replicated, self.batch_sharding = parallel.replicated(mesh), parallel.sharded(mesh, None, parallel.BATCH)
         # jit takes the indices of a step's batch as one row, pmap as one row per device.
         self.batch_shape = (batch_size,) if backend == "jit" else (mesh.size, batch_size // mesh.size)
         if backend == "jit":
@@ -145,12 +149,12 @@ class TrialProgram:
         images_per_step = config.train.batch_size * (1 if share_order else self.size)
         max_steps = MAX_STEPS // 4 if vmapped else MAX_STEPS
         self.capacity = min(max_steps, config.train.length, max(1, MAX_IMAGES // images_per_step))
-        replicated, trial_sharding = parallel.replicated(mesh), parallel.sharded_rows(mesh)
+        replicated, trial_sharding = parallel.replicated(mesh), parallel.sharded(mesh, parallel.BATCH)
         self.index_sharding = replicated if share_order else trial_sharding
 
         def trial_config(seed, values):
-            traced = fields.replace(config, "seed", seed, check=False)
-            for name, value in zip(names, values, strict=True):
+            traced = config
+            for name, value in zip(("seed", *names), (seed, *values), strict=True):
                 traced = fields.replace(traced, name, value, check=False)
             return traced
 
@@ -231,7 +235,7 @@ class StepCost(NamedTuple):
 
 def step_cost(config: Config, data: Dataset) -> StepCost:
     """Return XLA's cost estimate for one step of ``config``, whose length must be in steps."""
-    state = state_shapes(config, data)
+    state = jax.eval_shape(partial(steps.create_state, config, data.train.images.shape[1:3], data.classes))
     indices = jax.ShapeDtypeStruct((config.train.batch_size,), np.int32)
     batch = jax.eval_shape(steps.take_batch, *data.train, indices)
     lowered = jax.jit(partial(steps.train_step, config), donate_argnums=0).lower(state, batch)

@@ -7,11 +7,12 @@ map of evenly increasing darkness, and one from red through white to blue.
 import functools
 import io
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Num
 
 from flaxmnist.errors import UserError
 
@@ -27,7 +28,7 @@ SEQUENTIAL_CMAP = "viridis_r"  # darker is larger
 DIVERGING_CMAP = "RdBu"  # red below zero, blue above
 
 DPI = 150  # pixels per inch
-MAX_TILES = 64  # images in one figure
+DISPLAY_DPI = 96  # as displayed in notebooks and reports; the other pixels are for high-resolution screens
 
 
 @functools.cache
@@ -37,8 +38,7 @@ def picture_class() -> type["Figure"]:
 
     class Picture(Figure):
         def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-            # Displayed at 96 pixels per inch, but sharp on high-resolution screens.
-            width, height = (round(96 * inches) for inches in self.get_size_inches())
+            width, height = (round(DISPLAY_DPI * inches) for inches in self.get_size_inches())
             return png(self), {"width": width, "height": height}
 
     return Picture
@@ -49,12 +49,12 @@ def figure(width: float = 7, height: float = 4.5) -> "Figure":
     return picture_class()(figsize=(width, height), layout="constrained")
 
 
-def plot(width: float = 7, height: float = 4.5) -> tuple["Figure", "Axes"]:
-    """Return a figure of a size in inches, and its empty axes."""
+def plot(width: float = 7, height: float = 4.5, **settings: Any) -> tuple["Figure", "Axes"]:
+    """Return a figure of a size in inches, and its empty axes with ``settings`` such as ``xlabel``."""
     from cycler import cycler
 
     fig = figure(width, height)
-    axes = fig.add_subplot()
+    axes = fig.add_subplot(**settings)
     axes.set_prop_cycle(cycler(linestyle=STYLES) * cycler(color=COLOURS))
     return fig, axes
 
@@ -97,19 +97,18 @@ def tile_axes(count: int, columns: int, width: float, height: float | None = Non
     return fig, tiles[:count]
 
 
+def captioned(images: Iterable[Num[np.ndarray, "h w 1"]], captions: Sequence[str]) -> "Figure":
+    """Return a figure with the images in rows of six, each below its caption of two lines."""
+    fig, tiles = tile_axes(len(captions), min(len(captions), 6), 1.6, 1.9)
+    for image, caption, axes in zip(images, captions, tiles, strict=True):
+        axes.imshow(image[:, :, 0], cmap=IMAGE_CMAP)
+        axes.set_title(caption, fontsize=8)
+    return fig
+
+
 def count_shown(count: int, total: int, noun: str) -> str:
     """Return "32 filters", or "the first 64 of 100 filters" if only some are shown."""
     return f"{total} {noun}" if count == total else f"the first {count} of {total} {noun}"
-
-
-def sheet(images: Num[np.ndarray, "n h w"], columns: int) -> Float[np.ndarray, "height width"]:
-    """Return one image with ``images`` in a grid, separated by one pixel of NaN."""
-    count, height, width = images.shape
-    rows = -(-count // columns)
-    tiles = np.full((rows * columns, height + 1, width + 1), np.nan)
-    tiles[:count, :-1, :-1] = images
-    tiles = tiles.reshape(rows, columns, height + 1, width + 1).swapaxes(1, 2)
-    return tiles.reshape(rows * (height + 1), columns * (width + 1))[:-1, :-1]
 
 
 def add_legend(fig: "Figure", axes: "Axes") -> None:

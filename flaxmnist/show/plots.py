@@ -1,7 +1,7 @@
 """Plots of data, runs, models, predictions and sweeps: each function returns a matplotlib figure."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flax import nnx
@@ -9,6 +9,7 @@ from jaxtyping import Float, Int, Num
 
 from flaxmnist.core import models
 from flaxmnist.core.layers import Images
+from flaxmnist.core.pictures import MAX_TILES, class_fractions, sheet
 from flaxmnist.devices import evaluation
 from flaxmnist.errors import UserError
 from flaxmnist.show.figures import (
@@ -16,23 +17,23 @@ from flaxmnist.show.figures import (
     DIVERGING_CMAP,
     IMAGE_CMAP,
     MARKERS,
-    MAX_TILES,
     SEQUENTIAL_CMAP,
     add_legend,
+    captioned,
     count_shown,
     figure,
     plot,
-    sheet,
     shorten,
     tile_axes,
 )
-from flaxmnist.store.results import Run
-from flaxmnist.store.trained import FilePrediction
-from flaxmnist.sweeps.parts import Sweep
+from flaxmnist.store.run import FilePrediction, Run
+from flaxmnist.sweeps.results import Sweep
 from flaxmnist.sweeps.statistics import summarise, wilson
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 # Largest number of classes for which a confusion matrix has readable counts.
 MAX_NUMBERED = 30
@@ -47,37 +48,29 @@ def examples(images: Images, labels: Int[np.ndarray, " n"], per_class: int = 12)
     for label, row in enumerate(rows):
         chosen = np.asarray(images[labels == label][:per_class, :, :, 0])
         row[: len(chosen)] = chosen
-    fig, axes = plot(0.55 * per_class + 0.6, 0.55 * classes + 0.4)
+    fig, axes = plot(0.55 * per_class + 0.6, 0.55 * classes + 0.4, ylabel="class", xticks=[])
     axes.imshow(sheet(rows.reshape(-1, height, width), per_class), cmap=IMAGE_CMAP)
     axes.set_yticks((height + 1) * (np.arange(classes) + 0.5) - 1, [str(label) for label in range(classes)])
-    axes.set_xticks([])
-    axes.set_ylabel("class")
     return fig
 
 
 def digit(image: Num[np.ndarray, "h w 1"], label: int | None = None) -> "Figure":
     """Draw one image, with a colour bar of its pixel values."""
-    fig, axes = plot(5, 4.2)
+    title = "" if label is None else f"label {label}"
+    fig, axes = plot(5, 4.2, xlabel="column (pixels)", ylabel="row (pixels)", title=title)
     fig.colorbar(axes.imshow(image[:, :, 0], cmap=IMAGE_CMAP), label="pixel value")
-    axes.set_xlabel("column (pixels)")
-    axes.set_ylabel("row (pixels)")
-    if label is not None:
-        axes.set_title(f"label {label}")
     return fig
 
 
 def values(images: Images) -> "Figure":
     """Draw a histogram of the pixel values, with their range in the title."""
-    fig, axes = plot(7, 3.5)
+    fig, axes = plot(7, 3.5, xlabel="pixel value", ylabel="fraction of all pixels", yscale="log")
     pixels = np.asarray(images).ravel()
     if pixels.dtype == np.uint8:
         counts, edges = np.bincount(pixels, minlength=256), np.arange(257)
     else:
         counts, edges = np.histogram(pixels, 256)
     axes.stairs(counts / len(pixels), edges, fill=True, color=COLOURS[0])
-    axes.set_yscale("log")
-    axes.set_xlabel("pixel value")
-    axes.set_ylabel("fraction of all pixels")
     count, height, width = images.shape[:3]
     low, high, mean = pixels.min(), pixels.max(), pixels.mean()
     description = f"{count:,} images of {height}×{width} pixels, {images.dtype}"
@@ -103,10 +96,11 @@ def batch_costs(run: Run) -> "Figure":
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    fig, axes = plot()
     step, cost = history_columns(run, "train", "step", "loss")
     if len(step) < 2:
         raise UserError("fewer than two batches were recorded: use a smaller train.log_every")
+    label = f"batch within the epoch ({run.config.train.batch_size} images per batch)"
+    fig, axes = plot(xlabel=label, ylabel="cost (nats per image)")
     epoch, batch = np.divmod(step, run.epoch_length)
     epochs, sizes = np.unique(epoch, return_counts=True)
     count = len(epochs)
@@ -122,8 +116,6 @@ def batch_costs(run: Run) -> "Figure":
         bar.minorticks_off()
     if cost.min() > 0 and cost.max() / cost.min() > 10:
         axes.set_yscale("log")
-    axes.set_xlabel(f"batch within the epoch ({run.config.train.batch_size} images per batch)")
-    axes.set_ylabel("cost (nats per image)")
     return fig
 
 
@@ -149,6 +141,7 @@ def history(runs: Run | Mapping[str, Run]) -> "Figure":
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     bottom.set_xlabel("epoch")
+    bottom.locator_params("x", integer=True, min_n_ticks=4)  # fractions only if there are few epochs
     fig.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
     return fig
 
@@ -165,16 +158,14 @@ def training_curve(run: Run) -> list[np.ndarray]:
 def accuracies(runs: Mapping[str, Run]) -> "Figure":
     """Draw the test accuracy of each finished run, with the 95 % interval for its number of images (Wilson 1927)."""
     finished = {name: run.result for name, run in runs.items() if run.result}
-    fig, axes = plot(7, 1.2 + 0.35 * len(finished))
+    fig, axes = plot(7, 1.2 + 0.35 * len(finished), xlabel="test accuracy (%), 95 % interval", ylabel="run")
     for y, result in enumerate(finished.values()):
-        low, high = wilson(result["test_accuracy"], result["test_count"])
+        low, high = wilson(result.test_accuracy, result.test_count)
         axes.hlines(y, 100 * low, 100 * high, color=COLOURS[0])
-        axes.plot(100 * result["test_accuracy"], y, "o", color=COLOURS[0])
+        axes.plot(100 * result.test_accuracy, y, "o", color=COLOURS[0])
     axes.set_yticks(range(len(finished)), list(map(shorten, finished)))
     axes.set_ylim(len(finished) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("test accuracy (%), 95 % interval")
-    axes.set_ylabel("run")
     return fig
 
 
@@ -199,12 +190,10 @@ def weights(model: nnx.Module, shape: tuple[int, int] = (28, 28)) -> "Figure":
             axes.imshow(kernels[label], **style)
             axes.set_title(str(label))
     else:
-        fig, axes = plot(7, 3.5)
         count = len(kernels[:MAX_TILES])
-        axes.imshow(sheet(kernels[:MAX_TILES], 8 if count <= 32 else 16), **style)
-        axes.set_axis_off()
-        shown = count_shown(count, len(kernels), "filters" if isinstance(model, models.CNN) else "units")
-        axes.set_title(f"{shown} of {kernels.shape[1]}×{kernels.shape[2]}", fontsize=10)
+        columns = 8 if count <= 32 else 16
+        fig, axes = plot(7, 1 + 5.5 / columns * -(-count // columns))
+        draw_tiles(axes, kernels, columns, "filters" if isinstance(model, models.CNN) else "units", **style)
         tiles = [axes]
     fig.colorbar(tiles[0].images[0], ax=tiles, label="weight", shrink=0.8)
     return fig
@@ -224,12 +213,20 @@ def feature_maps(model: nnx.Module, image: Num[np.ndarray, "h w 1"]) -> "Figure"
     image_axes.imshow(image[:, :, 0], cmap=IMAGE_CMAP)
     image_axes.set_axis_off()
     for number, (axes, maps) in enumerate(zip(layer_axes, layers, strict=True), start=1):
-        count, height, width = maps.shape
-        fig.colorbar(axes.imshow(sheet(maps[:MAX_TILES], 16), cmap="Blues", vmin=0), ax=axes, label="activation")
-        axes.set_axis_off()
-        features = count_shown(len(maps[:MAX_TILES]), count, "features")
-        axes.set_title(f"convolution {number}: {features} of {height}×{width}", fontsize=10)
+        tiles = draw_tiles(axes, maps, 16, "features", f"convolution {number}: ", cmap="Blues", vmin=0)
+        fig.colorbar(tiles, ax=axes, label="activation")
     return fig
+
+
+def draw_tiles(
+    axes: "Axes", images: Float[np.ndarray, "n h w"], columns: int, noun: str, prefix: str = "", **style: Any
+) -> "AxesImage":
+    """Draw the first 64 images as tiles, with their number and size in the title."""
+    count, height, width = images.shape
+    shown = count_shown(min(count, MAX_TILES), count, noun)
+    axes.set_title(f"{prefix}{shown} of {height}×{width}", fontsize=10)
+    axes.set_axis_off()
+    return axes.imshow(sheet(images[:MAX_TILES], columns), **style)
 
 
 # --- Predictions ----------------------------------------------------------------------------------------------------
@@ -239,9 +236,9 @@ def confusion(counts: Int[np.ndarray, "classes classes"]) -> "Figure":
     """Draw a confusion matrix: the number of images by true class (row) and prediction (column)."""
     from matplotlib.colors import PowerNorm
 
-    classes = len(counts)
-    fig, axes = plot(6.5, 5.5)
-    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    classes, fractions = len(counts), class_fractions(counts)
+    ticks = range(0, classes, -(-classes // MAX_NUMBERED))
+    fig, axes = plot(6.5, 5.5, xlabel="prediction", ylabel="true class", xticks=ticks, yticks=ticks)
     # The power makes 1 % look different from 0.
     image = axes.imshow(100 * fractions, cmap="Blues", norm=PowerNorm(0.4, 0, 100))
     fontsize = min(9.0, 90 / classes)
@@ -249,11 +246,6 @@ def confusion(counts: Int[np.ndarray, "classes classes"]) -> "Figure":
     for row, column in np.ndindex(*counts.shape) if classes <= MAX_NUMBERED else ():
         colour = "white" if fractions[row, column] > 0.3 else "black" if counts[row, column] else "darkgrey"
         axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=colour, fontsize=fontsize)
-    ticks = range(0, classes, -(-classes // MAX_NUMBERED))
-    axes.set_xticks(ticks)
-    axes.set_yticks(ticks)
-    axes.set_xlabel("prediction")
-    axes.set_ylabel("true class")
     fig.colorbar(image, label="fraction of the class (%)", ticks=[0, 0.1, 1, 5, 20, 50, 100], format="%g")
     return fig
 
@@ -270,12 +262,12 @@ def mistakes(
     if len(wrong) == 0:
         raise UserError("all predictions are correct: there are no mistakes to draw")
     worst = wrong[np.argsort(of_truth[wrong], kind="stable")][:limit]
-    fig, tiles = tile_axes(len(worst), min(len(worst), 6), 1.5, 1.75)
-    for index, axes in zip(worst, tiles, strict=True):
-        axes.imshow(images[index, :, :, 0], cmap=IMAGE_CMAP)
-        truth = f"true {labels[index]}, p = {of_truth[index]:.2g}"
-        axes.set_title(f"{truth}\npredicted {predictions[index]}, p = {probabilities[index].max():.3f}", fontsize=8)
-    return fig
+    captions = [
+        f"true {labels[index]}, p = {of_truth[index]:.2g}\n"
+        f"predicted {predictions[index]}, p = {probabilities[index].max():.3f}"
+        for index in worst
+    ]
+    return captioned(images[worst], captions)
 
 
 def calibration(
@@ -292,25 +284,21 @@ def calibration(
     top.plot([0, 100], [0, 100], "--", color="grey", label="perfect calibration")
     top.vlines(100 * mean, 100 * low, 100 * high, color=COLOURS[0])
     top.plot(100 * mean, 100 * accuracy, "o-", color=COLOURS[0], label="predictions, with 95 % intervals")
-    top.set_ylabel("accuracy (%)")
-    top.set_title(f"expected calibration error {reliability.error():.2%}")
-    top.legend(fontsize=8)
+    top.set(ylabel="accuracy (%)", title=f"expected calibration error {reliability.error():.2%}")
     bottom.stairs(bin_counts, np.linspace(0, 100, bins + 1), fill=True, color=COLOURS[0])
-    bottom.set_yscale("log")
-    bottom.set_ylabel("predictions")
-    bottom.set_xlabel("confidence: probability of the predicted class (%)")
+    bottom.set(yscale="log", ylabel="predictions", xlabel="confidence: probability of the predicted class (%)")
+    fig.legend(loc="outside upper center", ncols=2, fontsize=8)
     return fig
 
 
 def predictions(files: Sequence[FilePrediction]) -> "Figure":
     """Draw the model's input for the first 64 image files, with the two most probable classes of each."""
-    shown = files[:MAX_TILES]
-    fig, tiles = tile_axes(len(shown), min(len(shown), 6), 1.6, 2.0)
-    for file, axes in zip(shown, tiles, strict=True):
-        axes.imshow(file.image[:, :, 0], cmap=IMAGE_CMAP)
+    shown, captions = files[:MAX_TILES], []
+    for file in shown:
         top_two = np.argsort(-file.probabilities, kind="stable")[:2]
         scores = ", ".join(f"{label}: {file.probabilities[label]:.3f}" for label in top_two)
-        axes.set_title(f"{shorten(file.file.name, 20)}\n{scores}", fontsize=8)
+        captions.append(f"{shorten(file.file.name, 20)}\n{scores}")
+    fig = captioned([file.image for file in shown], captions)
     if len(shown) < len(files):
         fig.suptitle(count_shown(len(shown), len(files), "images"), fontsize=10)
     return fig
@@ -321,15 +309,14 @@ def predictions(files: Sequence[FilePrediction]) -> "Figure":
 
 def trials_by_setting(sweep: Sweep) -> dict[str, list[int]]:
     """Return the indices of the trials that did not fail, by setting; a setting is named by the fields that vary."""
-    several = len(sweep.result["experiments"]) > 1
-    varied = [field for field, values in sweep.result["over"].items() if len(values) > 1]
+    several = len(sweep.result.experiments) > 1
+    varied = [field for field, values in sweep.result.over.items() if len(values) > 1]
     settings: dict[str, list[int]] = {}
     for index, trial in enumerate(sweep.members):
-        words = ", ".join(f"{field.rpartition('.')[2]} {trial['fields'][field]}" for field in varied)
-        name = shorten(f"{trial['experiment']}: {words}" if several and words else words or trial["experiment"], 60)
-        settings.setdefault(name, [])
-        if trial["failed"] is None:
-            settings[name].append(index)
+        if trial.failed is None:
+            words = ", ".join(f"{field.rpartition('.')[2]} {trial.fields[field]}" for field in varied)
+            name = f"{trial.experiment}: {words}" if several and words else words or trial.experiment
+            settings.setdefault(shorten(name, 60), []).append(index)
     return settings
 
 
@@ -338,20 +325,17 @@ def curves(sweep: Sweep) -> "Figure":
 
     It is the validation accuracy, or the training accuracy if there was no more than one evaluation.
     """
-    fig, axes = plot()
     columns = sweep.curves
     validated = len(np.unique(columns["step"][columns["validation"]])) > 1
+    split = "validation" if validated else "training"
+    fig, axes = plot(xlabel="step", ylabel=f"{split} accuracy (%), mean ± std")
     for name, trials in trials_by_setting(sweep).items():
-        if not trials:
-            continue
         chosen = (columns["validation"] == validated) & np.isin(columns["member"], trials)
         steps = np.unique(columns["step"][chosen])
         summaries = [summarise(columns["accuracy"][chosen & (columns["step"] == step)]) for step in steps]
-        mean, std = (100 * np.array([summary[key] or 0 for summary in summaries]) for key in ("mean", "std"))
+        mean, std = (100 * np.array([getattr(summary, key) or 0 for summary in summaries]) for key in ("mean", "std"))
         (line,) = axes.plot(steps, mean, label=f"{name} (n = {len(trials)})", marker="." if len(steps) < 30 else None)
         axes.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set_xlabel("step")
-    axes.set_ylabel(f"{'validation' if validated else 'training'} accuracy (%), mean ± std")
     add_legend(fig, axes)
     return fig
 
@@ -361,21 +345,19 @@ def against(sweep: Sweep, field: str) -> "Figure":
 
     Raise UserError if ``field`` was not swept.
     """
-    over = sweep.result["over"]
+    over, split = sweep.result.over, sweep.groups[0].split
     if field not in over:
         raise UserError(f"{field} was not swept: use one of {', '.join(over)}")
-    fig, axes = plot()
-    split = sweep.groups[0]["split"]
-    finished = [trial for trial in sweep.members if trial["failed"] is None]
-    for experiment in sweep.result["experiments"]:
-        trials = [trial for trial in finished if trial["experiment"] == experiment]
-        x = np.array([trial["fields"][field] for trial in trials])
-        y = 100 * np.array([trial[f"{split}_accuracy"] for trial in trials])
+    fig, axes = plot(xlabel=field, ylabel=f"{split} accuracy (%), one point per run")
+    for experiment in sweep.result.experiments:
+        trials = [trial for trial in sweep.members if trial.experiment == experiment and trial.failed is None]
+        x = np.array([trial.fields[field] for trial in trials])
+        y = 100 * np.array([getattr(trial, f"{split}_accuracy") for trial in trials])
         values, counts = np.unique(x, return_counts=True)
-        means = [y[x == value].mean() for value in values]
         repeated = len(counts) > 0 and min(counts) > 1
-        (line,) = axes.plot(values, means if repeated else np.full(len(values), np.nan), label=shorten(experiment))
-        axes.scatter(x, y, s=12, alpha=0.4 if repeated else 1, linewidth=0, color=line.get_color())
+        means = [y[x == value].mean() if repeated else np.nan for value in values]
+        (line,) = axes.plot(values, means, label=shorten(experiment))
+        axes.scatter(x, y, s=20, alpha=0.5 if repeated else 1, linewidth=0, color=line.get_color())
     magnitudes = np.unique(np.abs(over[field]))
     magnitudes = magnitudes[magnitudes > 0]
     if len(magnitudes) and magnitudes[-1] / magnitudes[0] >= 10:
@@ -383,24 +365,20 @@ def against(sweep: Sweep, field: str) -> "Figure":
     if len(over[field]) <= 10:
         axes.set_xticks(over[field], [f"{value:g}" for value in over[field]])
         axes.minorticks_off()
-    axes.set_xlabel(field)
-    axes.set_ylabel(f"{split} accuracy (%), one point per run")
     add_legend(fig, axes)
     return fig
 
 
 def distribution(sweep: Sweep) -> "Figure":
     """Draw the accuracy of each seed by setting: one point per run, and a box from quartile to quartile."""
-    settings = {name: trials for name, trials in trials_by_setting(sweep).items() if trials}
-    fig, axes = plot(height=1.5 + 0.35 * len(settings))
-    split = sweep.groups[0]["split"]
-    rows = [[100 * sweep.members[index][f"{split}_accuracy"] for index in trials] for trials in settings.values()]
-    axes.boxplot(rows, orientation="horizontal", showfliers=False, widths=0.6)
+    settings, split, trials = trials_by_setting(sweep), sweep.groups[0].split, sweep.members
+    fig, axes = plot(height=1.5 + 0.35 * len(settings), xlabel=f"{split} accuracy (%), one point per run")
+    rows = [[100 * getattr(trials[index], f"{split}_accuracy") for index in indices] for indices in settings.values()]
+    axes.boxplot(rows, orientation="horizontal", showfliers=False, widths=0.6, medianprops={"color": "black"})
     jitter = np.random.default_rng(0)
     for y, row in enumerate(rows, start=1):
-        axes.scatter(row, y + jitter.uniform(-0.2, 0.2, len(row)), s=10, alpha=0.5, linewidth=0)
+        axes.scatter(row, y + jitter.uniform(-0.2, 0.2, len(row)), s=20, alpha=0.7, linewidth=0)
     labels = [f"{name} (n = {len(row)})" for name, row in zip(settings, rows, strict=True)]
     axes.set_yticks(range(1, len(rows) + 1), labels)
     axes.invert_yaxis()
-    axes.set_xlabel(f"{split} accuracy (%), one point per run")
     return fig

@@ -17,10 +17,9 @@ from flaxmnist.devices import evaluation
 from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.errors import UserError
 from flaxmnist.show import figures, plots, text
-from flaxmnist.store import folders, results, trained
-from flaxmnist.store.results import Run
-from flaxmnist.sweeps import parts
-from flaxmnist.sweeps.parts import Sweep
+from flaxmnist.store.run import Run, load_run, load_training_data
+from flaxmnist.sweeps.folder import load_sweep
+from flaxmnist.sweeps.results import Sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,17 +52,15 @@ def write(workdirs: Sequence[Path], out: Path | None = None, data_dir: Path | No
     if sweep_folders and len(workdirs) > 1:
         raise UserError(f"{sweep_folders[0]} is a sweep: pass only this folder, or only runs to compare")
     if sweep_folders:
-        with folders.damage_as_user_error(sweep_folders[0]):
-            return write_sweep(parts.load_sweep(sweep_folders[0]), sweep_folders[0], out)
+        return write_sweep(load_sweep(sweep_folders[0]), sweep_folders[0], out)
     if len(workdirs) == 1:
-        folder = workdirs[0]
-        run = results.load_run(folder)
-        return save(folder.resolve().name, run_sections(folder, run, data_dir), out or folder)
+        (folder,) = workdirs
+        return save(folder.resolve().name, run_sections(folder, load_run(folder), data_dir), out or folder)
     parents = {folder.resolve().parent for folder in workdirs}
     if out is None and len(parents) > 1:
         raise UserError("the runs are in several folders: pass --out")
     common = Path(os.path.commonpath(parents))
-    runs = {str(folder.resolve().relative_to(common)): results.load_run(folder) for folder in workdirs}
+    runs = {str(folder.resolve().relative_to(common)): load_run(folder) for folder in workdirs}
     if len(runs) < len(workdirs):
         raise UserError("a run is listed twice: pass each run once")
     return save(f"{len(runs)} runs", comparison_sections(runs), out or common)
@@ -71,9 +68,8 @@ def write(workdirs: Sequence[Path], out: Path | None = None, data_dir: Path | No
 
 def write_sweep(sweep: Sweep, folder: Path, out: Path | None = None) -> tuple[Path, list[Path]]:
     """Write the report of a sweep in ``folder``, as ``write`` does."""
-    return save(
-        folder.resolve().name, [Section("Results", text.sweep_report(sweep), sweep_pictures(sweep))], out or folder
-    )
+    section = Section("Results", text.sweep_report(sweep), sweep_pictures(sweep))
+    return save(folder.resolve().name, [section], out or folder)
 
 
 # --- Contents -------------------------------------------------------------------------------------------------------
@@ -81,8 +77,8 @@ def write_sweep(sweep: Sweep, folder: Path, out: Path | None = None) -> tuple[Pa
 
 def run_sections(folder: Path, run: Run, data_dir: Path | None) -> Iterator[Section]:
     """Yield the sections for one run, evaluated on the test images if it is finished, else on the validation images."""
-    data = trained.load_training_data(folder, run.config, run.data, data_dir)
-    yield Section("Result", "\n".join(f"{name:<20} {value}" for name, value in facts(run)), [])
+    data = load_training_data(folder, run.config, run.data, data_dir)
+    yield Section("Result", "\n".join(f"{name:<20} {value}" for name, value in facts(run).items()), [])
     yield Section("Training", "", training_pictures(run))
     split_name, split = ("test", data.test) if run.result else ("validation", data.validation)
     if split is not None:
@@ -98,8 +94,9 @@ def run_sections(folder: Path, run: Run, data_dir: Path | None) -> Iterator[Sect
 
 def training_pictures(run: Run) -> Iterator[Picture]:
     yield Picture("history", "Cost and accuracy against the epoch.", plots.history(run))
-    if sum(record["split"] == "train" for record in run.history) > 1:
-        interval = run.config.train.log_every
+    interval = run.config.train.log_every
+    # With fewer than two batches per epoch there are no curves.
+    if sum(record["split"] == "train" for record in run.history) > 1 and 2 * interval <= run.epoch_length:
         batches = "every batch" if interval == 1 else f"one batch in {interval}"
         caption = f"Cost of {batches}, before its update; one curve per epoch."
         yield Picture("batch_costs", caption, plots.batch_costs(run))
@@ -119,13 +116,13 @@ def prediction_pictures(
 
 
 def model_pictures(run: Run, data: Dataset) -> Iterator[Picture]:
-    height, width = run.data["shape"]
+    height, width = run.data.shape
     try:
         figure = plots.weights(run.model, (height, width))
     except UserError:  # a custom model
         return
-    meaning = "blue is evidence for the class, red is evidence against it"
-    meaning = meaning if isinstance(run.model, Softmax) else "blue above zero, red below"
+    is_softmax = isinstance(run.model, Softmax)
+    meaning = "blue is evidence for the class, red is evidence against it" if is_softmax else "blue above 0, red below"
     yield Picture("weights", f"Weights of the first layer: {meaning}.", figure)
     if isinstance(run.model, CNN):
         caption = "Feature maps of the convolutions for the first training image, after pooling and ReLU."
@@ -143,9 +140,13 @@ def comparison_sections(runs: Mapping[str, Run]) -> Iterator[Section]:
     """Yield the sections for several runs."""
     rows: list[tuple[str, ...]] = [("run", "test accuracy", "loss", "validation", "steps", "parameters", "training s")]
     for name, run in runs.items():
-        row = [run.result.get(key) for key in ("test_accuracy", "test_loss", "validation_accuracy")]
-        row += [int(run.state.step), run.result.get("params"), run.result.get("seconds", {}).get("train")]
-        rows.append((name, *map(format_value, row)))
+        result, steps = run.result, f"{int(run.state.step):,}"
+        if result is None:
+            rows.append((name, "", "", "", steps, "", ""))
+        else:
+            scores = (result.test_accuracy, result.test_loss, result.validation_accuracy)
+            train_seconds = format_number(result.seconds["train"])
+            rows.append((name, *map(format_number, scores), steps, f"{result.params:,}", train_seconds))
     yield Section("Results", text.format_table(rows), comparison_pictures(runs))
     configs = {name: flat_config(run) for name, run in runs.items()}
     table: list[tuple[str, ...]] = [("field", *configs)]
@@ -162,36 +163,35 @@ def comparison_pictures(runs: Mapping[str, Run]) -> Iterator[Picture]:
 
 
 def sweep_pictures(sweep: Sweep) -> Iterator[Picture]:
-    if all(trial["failed"] is not None for trial in sweep.members):
+    if all(trial.failed is not None for trial in sweep.members):
         return
     yield Picture("curves", "Accuracy against the step, by setting.", plots.curves(sweep))
     yield Picture("distribution", "Accuracy of each seed, by setting.", plots.distribution(sweep))
-    for field, values in sweep.result["over"].items():
+    for field, values in sweep.result.over.items():
         if len(values) > 1 and all(isinstance(value, int | float) for value in values):
             yield Picture(field, f"Accuracy against {field}.", plots.against(sweep, field))
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
-    """Return the main facts about a run, as names and values."""
+def facts(run: Run) -> dict[str, str]:
+    """Return the main facts about a run, by name."""
     result, steps = run.result, int(run.state.step)
-    rows = [("experiment", run.config.name), ("seed", str(run.config.seed))]
-    if result:
-        packages = ("python", "jax", "flax", "optax")
-        rate = format_value(result["steps_per_second"])
-        versions = [f"{name} {version}" for name, version in result["versions"].items() if name in packages]
-        rows += [
-            ("test accuracy", f"{result['test_accuracy']:.4f} of {result['test_count']:,} images"),
-            ("test loss", f"{result['test_loss']:.4f} nats per image"),
-            ("validation accuracy", format_value(result["validation_accuracy"]) or "no validation images"),
-            ("steps", f"{steps:,}, {result['epochs']:.3g} epochs, {rate} per second"),
-            ("parameters", f"{result['params']:,}"),
-            ("seconds", ", ".join(f"{name} {seconds:.1f}" for name, seconds in result["seconds"].items())),
-            ("devices", f"{result['devices']} {result['device_kind']}, backend {result['backend']}"),
-            ("versions", ", ".join(versions)),
-        ]
+    table = {"experiment": run.config.name, "seed": str(run.config.seed)}
+    if result is None:
+        table["steps"] = f"{steps:,} of {run.config.train.length:,}: not finished"
     else:
-        rows += [("steps", f"{steps:,} of {run.config.train.length:,}: not finished")]
-    return [*rows, ("data", run.data["name"])]
+        packages = ("python", "jax", "flax", "optax")
+        rate = format_number(result.steps_per_second)
+        table |= {
+            "test accuracy": f"{result.test_accuracy:.4f} of {result.test_count:,} images",
+            "test loss": f"{result.test_loss:.4f} nats per image",
+            "validation accuracy": format_number(result.validation_accuracy) or "no validation images",
+            "steps": f"{steps:,}, {result.epochs:.3g} epochs, {rate} per second",
+            "parameters": f"{result.params:,}",
+            "seconds": ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items()),
+            "devices": f"{result.devices} {result.device_kind}, backend {result.backend}",
+            "versions": ", ".join(f"{name} {result.versions[name]}" for name in packages if name in result.versions),
+        }
+    return table | {"data": run.data.name}
 
 
 def flat_config(run: Run) -> dict[str, object]:
@@ -199,13 +199,8 @@ def flat_config(run: Run) -> dict[str, object]:
     return fields.flatten(fields.to_json(run.config))
 
 
-def format_value(value: object) -> str:
-    """Return a value as text for a table, or "" for None."""
-    if value is None:
-        return ""
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def format_number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 # --- HTML -----------------------------------------------------------------------------------------------------------
@@ -220,7 +215,7 @@ PAGE = """<!doctype html>
 body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }}
 pre {{ overflow-x: auto; font-size: 0.8rem; line-height: 1.35; }}
 figure {{ margin: 1.5rem 0; break-inside: avoid; }}
-img {{ max-width: min(100%, 56rem); background: white; }}
+img {{ max-width: 100%; background: white; }}
 figcaption {{ color: #555; }}
 h2 {{ margin-top: 3rem; border-bottom: 1px solid #ccc; break-after: avoid; }}
 @media print {{ pre {{ white-space: pre-wrap; font-size: 7pt; }} }}
@@ -243,9 +238,11 @@ def save(title: str, sections: Iterable[Section], out: Path) -> tuple[Path, list
             files.append(out / "plots" / f"{name}.png")
             write_bytes(files[-1], content)
             source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-            body.append(f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>')
-    text = PAGE.format(title=html.escape(title), body="\n".join(body))
-    write_bytes(page, text.encode(errors="replace"))
+            width = round(figures.DISPLAY_DPI * figure.get_figwidth())
+            image = f'<img alt="{caption}" width="{width}" src="{source}">'
+            body.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    content = PAGE.format(title=html.escape(title), body="\n".join(body))
+    write_bytes(page, content.encode(errors="replace"))
     return page, files
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shlex
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +20,10 @@ from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset
 from flaxmnist.devices import program
 from flaxmnist.devices.evaluation import Evaluation
-from flaxmnist.store.results import Run
-from flaxmnist.sweeps import statistics
+from flaxmnist.store.run import Run
 from flaxmnist.sweeps.ensembles import Ensemble
-from flaxmnist.sweeps.parts import Sweep
-from flaxmnist.sweeps.statistics import title
+from flaxmnist.sweeps.results import Sweep
+from flaxmnist.sweeps.statistics import summarise
 
 
 def describe_experiment(config: Config, data: Dataset) -> str:
@@ -69,18 +69,13 @@ def class_report(evaluation: Evaluation) -> str:
 
 
 def class_scores(evaluation: Evaluation) -> str:
-    """Return a table with the precision, recall and F1 score of each class."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    classes = len(evaluation.confusion)
-    labels, predictions = np.divmod(np.arange(classes**2), classes)
-    counts = evaluation.confusion.reshape(-1)
-    # A class without images or without predictions scores 0.
-    scores = np.array(precision_recall_fscore_support(labels, predictions, sample_weight=counts, zero_division=0.0))  # pyright: ignore[reportArgumentType]
-    rows = [("class", "precision", "recall", "F1", "images")]
-    for label, (precision, recall, f1, count) in enumerate(scores.T):
-        rows.append((str(label), f"{precision:.4f}", f"{recall:.4f}", f"{f1:.4f}", f"{count:.0f}"))
-    return format_table(rows)
+    """Return a table with the precision, recall and F1 score of each class, 0 without images or predictions."""
+    correct = evaluation.confusion.diagonal()
+    predictions, images = evaluation.confusion.sum(axis=0), evaluation.confusion.sum(axis=1)
+    # F1 is the harmonic mean of precision and recall.
+    scores = (correct / np.maximum(count, 1) for count in (predictions, images, (predictions + images) / 2))
+    rows = zip(map(str, range(len(images))), *(map(decimals, score) for score in scores), map(str, images), strict=True)
+    return format_table([("class", "precision", "recall", "F1", "images"), *rows])
 
 
 def show_prediction(name: str, image: UInt8[np.ndarray, "h w 1"], probabilities: Float[np.ndarray, " classes"]) -> str:
@@ -98,13 +93,14 @@ def show_prediction(name: str, image: UInt8[np.ndarray, "h w 1"], probabilities:
 
 def format_table(rows: list[tuple[str, ...]]) -> str:
     """Return ``rows`` as aligned text: the first column left-aligned, the others right-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [(row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])) for row in rows]
+    return "\n".join(map("  ".join, lines))
+
+
+def decimals(value: float | None) -> str:
+    """Return a score with four decimals, or "" for None."""
+    return "" if value is None else f"{value:.4f}"
 
 
 def megabytes(size: float) -> str:
@@ -114,24 +110,28 @@ def megabytes(size: float) -> str:
 # --- Runs and sweeps ----------------------------------------------------------------------------------------------
 
 
-def run_summary(run: Run, workdir: Path, data_dir: Path | None) -> str:
-    """Return the text printed at the end: accuracy, times, parameters, folder, and commands to try next."""
+def run_summary(run: Run, workdir: Path, data_dir: Path | None, command: Callable[[str], str]) -> str:
+    """Return the text printed at the end: accuracy, times, parameters, folder, and commands to try next.
+
+    ``command`` returns how the user calls a verb.
+    """
     result = run.result
-    accuracy = f"{result['test_accuracy']:.4f} of {result['test_count']} images"
+    assert result is not None, "the run is not finished"
+    accuracy = f"{result.test_accuracy:.4f} of {result.test_count} images"
     quoted = shlex.quote(str(workdir))
     data_option = "" if data_dir is None else f" --data-dir {shlex.quote(str(data_dir))}"
     return "\n".join(
         [
-            f"test accuracy {accuracy}, loss {result['test_loss']:.4f}, after {result['steps']} steps",
+            f"test accuracy {accuracy}, loss {result.test_loss:.4f}, after {result.steps} steps",
             "",
-            time_table(result["seconds"]),
+            time_table(result.seconds),
             "",
             shorten(parameter_table(run.state.params)),
             "",
             f"run folder {workdir}",
-            f"next: python launch/evaluate.py {quoted}{data_option}",
-            f"      python launch/report.py {quoted}{data_option}",
-            f"      python launch/predict.py {quoted} IMAGE.png",
+            f"next: {command('evaluate')} {quoted}{data_option}",
+            f"      {command('report')} {quoted}{data_option}",
+            f"      {command('predict')} {quoted} IMAGE.png",
         ]
     )
 
@@ -151,46 +151,43 @@ def time_table(seconds: dict[str, float]) -> str:
     return format_table([("time", "seconds", "share"), *rows])
 
 
-def sweep_report(swept: Sweep) -> str:
-    """Return a table of the settings, the failed trials, the best setting and the comparisons with it, as"""
+def sweep_report(sweep: Sweep) -> str:
+    """Return a table of the settings, the failed trials, the best setting and the comparisons with it."""
     rows: list[tuple[str, ...]] = [("setting", "n", "mean", "std", "95 % interval", "min", "max", "failed")]
-    for group in swept.groups:
-        numbers = [group["mean"], group["std"], *(group["ci95"] or (None, None)), group["min"], group["max"]]
-        mean, std, low, high, least, most = ("" if x is None else f"{x:.4f}" for x in numbers)
-        interval = f"{low} – {high}" if low else ""
-        rows.append((title(group), str(group["n"]), mean, std, interval, least, most, str(group["failed"] or "")))
-    lines = [f"{swept.groups[0]['split']} accuracy by setting", "", format_table(rows), ""]
-    for trial in swept.members:
-        if trial["failed"] is not None:
-            lines.append(f"failed: {title(trial)}, seed {trial['seed']}: {trial['failed']}")
-    best = swept.result["best"]
+    for group in sweep.groups:
+        mean, std, least, most = map(decimals, (group.mean, group.std, group.min, group.max))
+        interval = " – ".join(map(decimals, group.ci95 or ()))
+        rows.append((group.title, str(group.n), mean, std, interval, least, most, str(group.failed or "")))
+    lines = [f"{sweep.groups[0].split} accuracy by setting", "", format_table(rows), ""]
+    for trial in sweep.members:
+        if trial.failed is not None:
+            lines.append(f"failed: {trial.title}, seed {trial.seed}: {trial.failed}")
+    best = sweep.result.best
     if best is not None:
-        test = best["test"]
-        spread = "" if test["std"] is None else f" ± {test['std']:.4f} (std)"
-        lines.append(f"best: {title(best)}: test accuracy {test['mean']:.4f}{spread}, n = {test['n']}")
-    for comparison in swept.result["comparisons"]:
-        if comparison["ci95"] is not None:
-            low, high = comparison["ci95"]
-            p_value = "" if comparison["p_value"] is None else f", p = {comparison['p_value']:.2g}"
+        test = best.test
+        spread = "" if test.std is None else f" ± {test.std:.4f} (std)"
+        lines.append(f"best: {best.title}: test accuracy {test.mean:.4f}{spread}, n = {test.n}")
+    for comparison in sweep.result.comparisons:
+        if comparison.ci95 is not None:
+            low, high = comparison.ci95
+            p_value = "" if comparison.p_value is None else f", p = {comparison.p_value:.2g}"
             lines.append(
-                f"{title(comparison)}: {comparison['mean']:+.4f} [{low:+.4f}, {high:+.4f}] compared with "
-                f"{comparison['reference']}, same seeds{p_value}"
+                f"{comparison.title}: {comparison.mean:+.4f} [{low:+.4f}, {high:+.4f}] compared with "
+                f"{comparison.reference}, same seeds{p_value}"
             )
-    lines.append(f"{swept.result['replica_steps_per_second']:,.0f} steps/s, all trials together")
+    lines.append(f"{sweep.result.replica_steps_per_second:,.0f} steps/s, all trials together")
     return "\n".join(lines)
 
 
 def ensemble_report(ensemble: Ensemble) -> str:
     """Return a table of the scores of the members and of the ensemble."""
     rows: list[tuple[str, ...]] = [(ensemble.setting, "accuracy", "calibration error")]
-    for statistic in ("mean", "std", "min", "max"):
-        values = [
-            statistics.summarise([getattr(member, name) for member in ensemble.members])[statistic]
-            for name in ("accuracy", "calibration_error")
-        ]
-        rows.append((f"members, {statistic}", *("" if value is None else f"{value:.4f}" for value in values)))
-    together = ensemble.together
-    rows.append(
-        (f"ensemble of {len(ensemble.members)}", f"{together.accuracy:.4f}", f"{together.calibration_error:.4f}")
+    accuracy, error = (
+        summarise([getattr(scores, name) for scores in ensemble.members]) for name in ("accuracy", "calibration_error")
     )
+    for statistic in ("mean", "std", "min", "max"):
+        values = (getattr(summary, statistic) for summary in (accuracy, error))
+        rows.append((f"members, {statistic}", *map(decimals, values)))
+    values = (ensemble.together.accuracy, ensemble.together.calibration_error)
+    rows.append((f"ensemble of {len(ensemble.members)}", *map(decimals, values)))
     return f"{format_table(rows)}\n{ensemble.count} images"

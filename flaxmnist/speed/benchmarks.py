@@ -5,10 +5,12 @@ slows down all of them. Training uses the same compiled program as ``fit``.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,13 +26,14 @@ from jax.sharding import Mesh
 
 from flaxmnist.config import Config, load_experiment
 from flaxmnist.core import steps
-from flaxmnist.core.state import TrainState
 from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset, load_data
 from flaxmnist.devices import evaluation, parallel, program
+from flaxmnist.loop.advance import Pace, advance
 from flaxmnist.show import figures, text
 from flaxmnist.speed import torch_peer
-from flaxmnist.store import folders, results
+from flaxmnist.store.provenance import versions
+from flaxmnist.store.result import peak_memory
 
 # Target duration of one timing in seconds, and the number of timings.
 STRETCH_SECONDS = 0.5
@@ -39,6 +42,9 @@ ROUNDS = 5
 # Side of the square matrices whose product measures the peak rate of the device.
 MATRIX = 2048
 
+# The results of an experiment, as ``--json`` writes them.
+Row = dict[str, Any]
+
 
 class Trainer:
     """The training path of ``fit``, starting at step 0."""
@@ -46,44 +52,36 @@ class Trainer:
     def __init__(self, config: Config, data: Dataset, mesh: Mesh, backend: program.Backend = "jit"):
         parallel.check_batch(config.train.batch_size, mesh)
         self.state, self.step = program.initial_state(config, data, mesh), 0
-        train = program.put_split(data.train, mesh)
+        images = program.put_split(data.train, mesh)
         start = time.perf_counter()
-        self.compiled = program.Program(config, self.state, train, mesh, backend)
+        self.compiled = program.Program(config, self.state, images, mesh, backend)
         self.compile_seconds = time.perf_counter() - start
 
     def run(self, count: int) -> None:
-        """Train for ``count`` more steps."""
-        self.state = jax.block_until_ready(advance(self.compiled, self.state, self.step, count))
-        self.step += count
+        """Train for ``count`` more steps, and wait for them."""
+        options = {"pace": Pace(math.inf), "report": lambda *_: None, "stop": threading.Event()}
+        self.state, self.step, _ = advance(self.compiled, self.state, self.step, self.step + count, **options)
+        jax.block_until_ready(self.state)
 
 
-def advance(compiled: program.Program, state: TrainState, step: int, count: int) -> TrainState:
-    """Return ``state``, which is at ``step``, after ``count`` more steps."""
-    for first in range(step, step + count, compiled.capacity):
-        state, _ = compiled(state, first, min(compiled.capacity, step + count - first))
-    return state
-
-
-def full_run(config: Config, data: Dataset) -> tuple[float, float]:
+def full_run(config: Config, data: Dataset, mesh: Mesh) -> tuple[float, float]:
     """Return the training time in seconds and the test accuracy of a full run.
 
     The time covers all training work after compilation, from arrays in host memory to trained parameters: transfer of
     the data to the device, initial values, batch order and steps. It does not include evaluation.
     """
-    mesh = parallel.make_mesh()
-    state = program.initial_state(config, data, mesh)
-    compiled = program.Program(config, state, program.put_split(data.train, mesh), mesh)
+    trainer = Trainer(config, data, mesh)
     start = time.perf_counter()
-    state = program.initial_state(config, data, mesh)
-    compiled.train = program.put_split(data.train, mesh)
-    state = jax.block_until_ready(advance(compiled, state, 0, config.train.length))
+    trainer.state = program.initial_state(config, data, mesh)
+    trainer.compiled.train = program.put_split(data.train, mesh)
+    trainer.run(config.train.length)
     seconds = time.perf_counter() - start
-    return seconds, evaluation.evaluate(state.model, *data.test).accuracy
+    return seconds, evaluation.evaluate(trainer.state.model, *data.test).accuracy
 
 
-def full_runs(config: Config, data: Dataset, count: int) -> dict[str, list[float]]:
+def full_runs(config: Config, data: Dataset, mesh: Mesh, count: int) -> dict[str, list[float]]:
     """Return the training times in seconds and the test accuracies of full runs with the seeds 0 to ``count`` − 1."""
-    seconds, accuracies = zip(*(full_run(replace(config, seed=seed), data) for seed in range(count)), strict=True)
+    seconds, accuracies = zip(*(full_run(replace(config, seed=seed), data, mesh) for seed in range(count)), strict=True)
     return {"seconds": list(seconds), "test_accuracy": list(accuracies)}
 
 
@@ -118,9 +116,9 @@ def median(values: np.ndarray | list[float]) -> float:
     return float(np.median(values))
 
 
-def measure(config: Config, data: Dataset, peers: dict[str, Callable[[int], None]]) -> dict[str, Any]:
+def measure(config: Config, data: Dataset, mesh: Mesh, peers: dict[str, Callable[[int], None]]) -> Row:
     """Return the speeds of an experiment, compared with ``peers`` and with the peak rate of the device."""
-    trainer = Trainer(config, data, parallel.make_mesh())
+    trainer = Trainer(config, data, mesh)
     speeds = compare_speeds({"flaxmnist": trainer.run} | peers)
     medians = {name: median(speed) for name, speed in speeds.items()}
     rate = medians.pop("flaxmnist")
@@ -137,9 +135,9 @@ def measure(config: Config, data: Dataset, peers: dict[str, Callable[[int], None
         "peak_gflops_per_second": peak / 1e9,
         "share_of_peak": rate * operations / peak,
         "evaluate_images_per_second": evaluation_speed(config, data),
-        "peak_memory_bytes": results.peak_memory(),
+        "peak_memory_bytes": peak_memory(),
         "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
-        "versions": folders.versions(),
+        "versions": versions(),
     }
     if peers:
         result["peer_steps_per_second"] = medians
@@ -155,26 +153,27 @@ def load(experiment: Path, data_dir: Path | None) -> tuple[Config, Dataset]:
     return order.resolve_length(config, len(data.train.labels)), data
 
 
-def run(experiment: Path, data_dir: Path | None, framework: Literal["torch"] | None, runs: int) -> dict[str, Any]:
+def run(experiment: Path, data_dir: Path | None, framework: Literal["torch"] | None, runs: int) -> Row:
     """Return all results for an experiment file: speeds, startup times and, if ``runs`` is not 0, full runs."""
-    config, data = load(experiment, data_dir)
+    (config, data), mesh = load(experiment, data_dir), parallel.make_mesh()
     with torch_peer.trainers(experiment, data_dir) if framework else nullcontext({}) as peers:
-        result = measure(config, data, peers) | start_up_times(experiment, data_dir)
-    return result | ({"runs": full_runs(config, data, runs)} if runs else {})
+        result = measure(config, data, mesh, peers)
+    start_up = start_up_times(partial(start_up_time, experiment, data_dir), jax.default_backend() != "cpu")
+    return result | start_up | ({"runs": full_runs(config, data, mesh, runs)} if runs else {})
 
 
-def format_results(header: str, cells: str, results: list[dict[str, Any]]) -> str:
+def format_results(header: str, cells: str, results: list[Row]) -> str:
     """Return a table with a row per result. ``header`` is split at commas, the format strings ``cells`` at spaces."""
     rows = [tuple(cell.format(**result) for cell in cells.split()) for result in results]
     return text.format_table([tuple(header.split(", ")), *rows])
 
 
-def report(results: list[dict[str, Any]]) -> str:
+def report(results: list[Row]) -> str:
     """Return the results as two tables: speeds, and the time until the first step is done."""
     rows = []
     for result in results:
-        ratio, memory = result.get("ratio_to_peer"), text.megabytes(result["peak_memory_bytes"])
-        rows.append(result | {"ratio": "" if ratio is None else f"{ratio:.2f}", "memory": memory})
+        ratio = f"{result['ratio_to_peer']:.2f}" if "ratio_to_peer" in result else ""
+        rows.append(result | {"ratio": ratio, "memory": text.megabytes(result["peak_memory_bytes"])})
     header = "experiment, batch, steps/s, images/s, GFLOP/s, of peak, evaluated/s, × peer"
     cells = "{name} {batch_size} {steps_per_second:,.1f} {images_per_second:,.0f} {gflops_per_second:,.1f} "
     cells += "{share_of_peak:.0%} {evaluate_images_per_second:,.0f} {ratio}"
@@ -185,41 +184,38 @@ def report(results: list[dict[str, Any]]) -> str:
     return f"{speeds}\n\n{format_results(header, cells, rows)}"
 
 
-def runs_report(results: list[dict[str, Any]]) -> str:
+def runs_report(results: list[Row]) -> str:
     """Return the full runs as a table."""
     rows = [("experiment", "runs", "training s", "peer s", "test accuracy", "minimum", "runs ≥ 99 %")]
     for result in results:
         seconds, accuracies = (np.array(result["runs"][name]) for name in ("seconds", "test_accuracy"))
         peers, ddof = result.get("peer_steps_per_second"), min(1, len(seconds) - 1)
-        rows.append(
-            (
-                result["name"],
-                str(len(seconds)),
-                f"{seconds.mean():.3f} ± {seconds.std(ddof=ddof):.3f}",
-                f"{result['steps'] / max(peers.values()):.3f}" if peers else "",
-                f"{accuracies.mean():.3%} ± {accuracies.std(ddof=ddof):.3%}",
-                f"{accuracies.min():.2%}",
-                f"{np.mean(accuracies >= 0.99):.0%}",
-            )
+        columns = (
+            f"{seconds.mean():.3f} ± {seconds.std(ddof=ddof):.3f}",
+            f"{result['steps'] / max(peers.values()):.3f}" if peers else "",
+            f"{accuracies.mean():.3%} ± {accuracies.std(ddof=ddof):.3%}",
+            f"{accuracies.min():.2%}",
+            f"{np.mean(accuracies >= 0.99):.0%}",
         )
+        rows.append((result["name"], str(len(seconds)), *columns))
     return text.format_table(rows)
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
+def draw(results: list[Row], path: Path) -> None:
     """Write a bar chart of the images per second of each experiment and its peers to ``path``."""
     speeds = [{"flaxmnist": item["steps_per_second"]} | item.get("peer_steps_per_second", {}) for item in results]
-    names = list(dict.fromkeys(name for speed in speeds for name in speed))
-    figure, axes = figures.plot(1.5 + 1.4 * len(results), 4)
+    names, title = list(dict.fromkeys(name for speed in speeds for name in speed)), results[0]["device"]
+    figure, axes = figures.plot(
+        1.5 + 1.4 * len(results), 4, ylabel="training images per second", yscale="log", title=title
+    )
+    width = 0.8 / len(names)
     for i, name in enumerate(names):
         heights = [item["batch_size"] * speed.get(name, np.nan) for item, speed in zip(results, speeds, strict=True)]
-        positions = np.arange(len(results)) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
-        bars = axes.bar(positions, heights, 0.8 / len(names), label=name, color=figures.COLOURS[i])
+        positions = np.arange(len(results)) + (i - (len(names) - 1) / 2) * width
+        bars = axes.bar(positions, heights, width, label=name, color=figures.COLOURS[i])
         axes.bar_label(bars, fmt="{:,.0f}", fontsize=7)
     axes.set_xticks(range(len(results)), [result["name"] for result in results])
-    axes.set_yscale("log")
-    axes.set_ylabel("training images per second")
-    axes.set_title(results[0]["device"])
-    axes.legend()
+    figure.legend(loc="outside lower center")
     figures.save(figure, path)
 
 
@@ -239,21 +235,23 @@ def evaluation_speed(config: Config, data: Dataset) -> float:
     return len(data.test.labels) / median(seconds)
 
 
-def start_up_times(experiment: Path, data_dir: Path | None) -> dict[str, dict[str, float]]:
-    """Return the startup times with an empty compilation cache and, on accelerators, again with a warm one."""
-    if jax.default_backend() == "cpu":
-        return {"start_up_seconds": start_up_time(experiment, data_dir, {})}
+def start_up_times(measure: Callable[[dict[str, str]], dict[str, float]], caches: bool) -> Row:
+    """Return the startup times, with an empty compilation cache and again with a warm one if the device ``caches``.
+
+    ``measure`` returns the startup times with the given environment variables.
+    """
+    if not caches:
+        return {"start_up_seconds": measure({})}
     with tempfile.TemporaryDirectory() as cache:
         environment = {"JAX_COMPILATION_CACHE_DIR": cache}
-        names = ("start_up_seconds", "warm_start_up_seconds")
-        return {name: start_up_time(experiment, data_dir, environment) for name in names}
+        return {name: measure(environment) for name in ("start_up_seconds", "warm_start_up_seconds")}
 
 
 def start_up_time(experiment: Path, data_dir: Path | None, environment: dict[str, str]) -> dict[str, float]:
-    """Return the seconds from the start of ``launch/train.py`` to the end of its first step, in total and by phase."""
-    train = Path(__file__).parent.parent / "launch/train.py"
+    """Return the seconds from the start of ``flaxmnist train`` to the end of its first step, in total and by phase."""
+    train = [sys.executable, "-m", "flaxmnist.commands", "train"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, train, experiment, "--train.steps", "1", "--workdir", folder, "--log-level", "error"]
+        command = [*train, experiment, "--train.steps", "1", "--workdir", folder, "--log-level", "error"]
         command += ["--data-dir", data_dir] if data_dir else []
         start = time.perf_counter()
         subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, env=os.environ | environment)

@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 
@@ -21,6 +21,8 @@ from flaxmnist.speed import benchmarks
 COLLECTIVE = re.compile(r"= (.+?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 ARRAY = re.compile(r"[a-z](\d+)\[([\d,]*)\]")
 
+KINDS = ("strong", "weak")
+
 
 def exchanged_bytes(compiled: program.Program | program.TrialProgram) -> int:
     """Return the bytes that the collective operations of one step produce."""
@@ -29,33 +31,34 @@ def exchanged_bytes(compiled: program.Program | program.TrialProgram) -> int:
     return sum(int(bits) // 8 * math.prod(int(side) for side in shape.split(",") if side) for bits, shape in arrays)
 
 
-def measure(config: Config, data: Dataset) -> list[dict[str, Any]]:
+def measure(config: Config, data: Dataset) -> list[benchmarks.Row]:
     """Return a row per backend and number of devices (1, 2, 4, …). The batch size is rounded to divide by them all."""
-    counts, trainers, rows = [2**i for i in range(jax.device_count().bit_length())], {}, []
+    counts, trainers = [2**i for i in range(jax.device_count().bit_length())], {}
     size = max(1, round(config.train.batch_size / counts[-1])) * counts[-1]
-    for backend, count in product(get_args(program.Backend), counts):
-        for kind, batch_size in (("strong", size), ("weak", count * size)):
-            resized = replace(config, train=replace(config.train, batch_size=batch_size))
-            trainers[kind, backend, count] = benchmarks.Trainer(resized, data, parallel.make_mesh(count), backend)
+    cases = list(product(get_args(program.Backend), counts))
+    sizes = {(kind, *case): size * (case[1] if kind == "weak" else 1) for case in cases for kind in KINDS}
+    for (kind, backend, count), batch_size in sizes.items():
+        resized = replace(config, train=replace(config.train, batch_size=batch_size))
+        trainers[kind, backend, count] = benchmarks.Trainer(resized, data, parallel.make_mesh(count), backend)
     speeds = benchmarks.compare_speeds({key: trainer.run for key, trainer in trainers.items()})
-    for backend, count in product(get_args(program.Backend), counts):
-        strong = trainers["strong", backend, count]
+    images, rows = {key: sizes[key] * speed for key, speed in speeds.items()}, []
+    for backend, count in cases:
+        trainer = trainers["strong", backend, count]
         row = {"name": config.name, "backend": backend, "devices": count, "batch_size": size}
-        row["exchanged_bytes"] = exchanged_bytes(strong.compiled)
-        row["model_bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(strong.state.params))
-        for kind, batch_size in (("strong", size), ("weak", count * size)):
-            images, one_device = batch_size * speeds[kind, backend, count], size * speeds[kind, backend, 1]
-            ratio = benchmarks.median(images / one_device)
-            row[kind] = {"images_per_second": benchmarks.median(images), "ratio": ratio}
+        row["exchanged_bytes"] = exchanged_bytes(trainer.compiled)
+        row["model_bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.state.params))
+        for kind in KINDS:
+            speed, one_device = images[kind, backend, count], images[kind, backend, 1]
+            row[kind] = {"images_per_second": benchmarks.median(speed), "ratio": benchmarks.median(speed / one_device)}
         rows.append(row)
     return rows
 
 
-def run(experiment: Path, data_dir: Path | None) -> list[dict[str, Any]]:
+def run(experiment: Path, data_dir: Path | None) -> list[benchmarks.Row]:
     return measure(*benchmarks.load(experiment, data_dir))
 
 
-def report(rows: list[dict[str, Any]]) -> str:
+def report(rows: list[benchmarks.Row]) -> str:
     """Return the rows as a table, with sizes in bytes."""
     header = "experiment, backend, devices, strong images/s, × one, weak images/s, × one, exchanged, model"
     cells = "{name} {backend} {devices} {strong[images_per_second]:,.0f} {strong[ratio]:.2f} "

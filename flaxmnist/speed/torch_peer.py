@@ -7,7 +7,7 @@ has set up.
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from flaxmnist.config import CNN, MLP, SGD, Adam, Config, Model, Muon, Optimizer, Softmax, load_experiment
+from flaxmnist.config import (
+    SGD,
+    Adam,
+    CNNConfig,
+    Config,
+    MLPConfig,
+    Model,
+    Muon,
+    Optimizer,
+    SoftmaxConfig,
+    load_experiment,
+)
 from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset, load_data
 from flaxmnist.errors import UserError
@@ -34,13 +45,7 @@ def trainers(experiment: Path, data_dir: Path | None) -> Iterator[dict[str, Call
     if isinstance(load_experiment(experiment).optimizer, Muon):
         yield {}
         return
-    command = [
-        sys.executable,
-        "-m",
-        "flaxmnist.speed.torch_peer",
-        str(experiment),
-        *([str(data_dir)] if data_dir else []),
-    ]
+    command = [sys.executable, "-m", "flaxmnist.speed.torch_peer", *filter(None, (experiment, data_dir))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         requests, replies = process.stdin, process.stdout
         assert requests is not None
@@ -56,16 +61,20 @@ def trainers(experiment: Path, data_dir: Path | None) -> Iterator[dict[str, Call
         requests.close()
 
 
-def serve(experiment: Path, data_dir: Path | None) -> None:
-    """Train for each line of standard input, a mode and a number of steps, and print "done" after each."""
-    config = load_experiment(experiment)
-    data = load_data(config.data, data_dir)
-    config = order.resolve_length(config, len(data.train.labels))
-    trainers = {mode: trainer(config, data, mode == "compiled") for mode in MODES}
-    for request in sys.stdin:
+def serve(trainers: dict[str, Callable[[int], None]], requests: Iterable[str]) -> None:
+    """Train for each request, a line with a mode and a number of steps, and print "done" after each."""
+    for request in requests:
         mode, count = request.split()
         trainers[mode](int(count))
         print("done", flush=True)
+
+
+def main(experiment: str, data_dir: str | None = None) -> None:
+    """Serve the requests on standard input."""
+    config = load_experiment(experiment)
+    data = load_data(config.data, data_dir)
+    config = order.resolve_length(config, len(data.train.labels))
+    serve({mode: trainer(config, data, mode == "compiled") for mode in MODES}, sys.stdin)
 
 
 def trainer(config: Config, data: Dataset, compiled: bool) -> Callable[[int], None]:
@@ -106,13 +115,13 @@ def make_model(model: Model, data: Dataset) -> Any:
 
     height, width = data.train.images.shape[1:3]
     match model:
-        case Softmax():
+        case SoftmaxConfig():
             return nn.Sequential(nn.Flatten(), nn.Linear(height * width, data.classes))
-        case MLP(hidden=hidden):
+        case MLPConfig(hidden=hidden):
             sizes = [height * width, *hidden]
             inner = [layer for pair in zip(sizes, hidden, strict=False) for layer in (nn.Linear(*pair), nn.ReLU())]
             return nn.Sequential(nn.Flatten(), *inner, nn.Linear(sizes[-1], data.classes))
-        case CNN(features=features, kernel=kernel, dense=dense):
+        case CNNConfig(features=features, kernel=kernel, dense=dense):
             layers: list[Any] = [nn.PixelUnshuffle(model.space_to_depth)] if model.space_to_depth > 1 else []
             for i, channels in enumerate(features):
                 side = kernel[i % len(kernel)]
@@ -137,4 +146,4 @@ def make_optimizer(optimizer: Optimizer, model: Any) -> Any:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), Path(sys.argv[2]) if sys.argv[2:] else None)
+    main(*sys.argv[1:])

@@ -11,8 +11,9 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +23,29 @@ from flaxmnist.core.state import TrainState
 from flaxmnist.devices import processes
 from flaxmnist.errors import UserError
 from flaxmnist.store import manifest
-from flaxmnist.store.manifest import Saved, best, steps
+from flaxmnist.store.manifest import CheckpointInfo, Saved, best, steps
 
 ARRAYS = ("step", "params", "opt_state", "ema", "epoch")
 
 LIBC = ctypes.CDLL(None)
 
-# Orbax logs a traceback of each failure before it raises it.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Suppress the messages of Orbax within the block: it logs a traceback of each failure before it raises it."""
+
+    def is_from_others(record: logging.LogRecord) -> bool:
+        return "orbax" not in Path(record.pathname).parts
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_from_others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_from_others)
 
 
+@quiet_orbax()
 def restore(folder: Path, step: int, like: TrainState) -> TrainState:
     """Load the state at ``step`` with the shardings of ``like``. Raise UserError if shapes or types differ from it."""
     arrays = {name: getattr(like, name) for name in ARRAYS}
@@ -55,6 +69,7 @@ class Checkpoints:
         self.folder, self.keep, self.last = folder, keep, last
         self.checkpointer: ocp.AsyncCheckpointer | None = None
         self.saving: Saved | None = None
+        self.quiet = contextlib.ExitStack()  # from the first save until ``close``, for Orbax's threads log too
 
     def clear(self) -> None:
         """Remove unfinished checkpoints of a killed run, and rename damaged ones, which are newer than ``last``."""
@@ -69,18 +84,19 @@ class Checkpoints:
         for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, state: TrainState, metadata: dict[str, Any], records: bytes) -> None:
+    def save(self, state: TrainState, info: CheckpointInfo, records: bytes) -> None:
         """Wait for the previous checkpoint, then start to save in the background. Raise OSError on failure."""
         self.wait()
         # A copy, because the state is donated to the next call of the training program.
         arrays = {name: jax.tree.map(jnp.copy, getattr(state, name)) for name in ARRAYS}
-        self.saving = Saved(int(state.step), metadata, records)
+        self.saving = Saved(int(state.step), info, records)
         needed = len(records) + sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         try:
             # Orbax would fail halfway and print tracebacks of its threads.
             if shutil.disk_usage(self.folder.parent).free < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self.checkpointer is None:
+                self.quiet.enter_context(quiet_orbax())
                 options = ocp.AsyncOptions(
                     post_finalization_callback=self.complete, create_directories_asynchronously=False
                 )
@@ -96,7 +112,7 @@ class Checkpoints:
         assert self.saving is not None
         (unfinished,) = self.folder.glob(f"{self.saving.step}.orbax-checkpoint-tmp*")
         (unfinished / manifest.RECORDS).write_bytes(self.saving.records)
-        manifest.write(unfinished, self.saving.metadata)
+        manifest.write(unfinished, self.saving.info)
 
     def check(self) -> None:
         """Raise OSError if saving in the background has failed."""
@@ -146,3 +162,4 @@ class Checkpoints:
             self.wait()
         if self.checkpointer is not None:
             self.checkpointer.close()
+        self.quiet.close()

@@ -7,6 +7,7 @@ CPU, CUDA and TPU. JAX guarantees that versions of the next six months can read 
 import hashlib
 import importlib.util
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from flaxmnist.config import Config
 from flaxmnist.core import models
 from flaxmnist.devices import evaluation
 from flaxmnist.errors import UserError
-from flaxmnist.store import folders
-from flaxmnist.store.files import write_file, write_json
-from flaxmnist.store.trained import Trained, get_split, load_training_data
+from flaxmnist.store.files import read_json, write_file, write_json
+from flaxmnist.store.provenance import DataInfo
+from flaxmnist.store.run import Trained, get_split, load_training_data
 
 SUFFIXES = (".safetensors", ".stablehlo")
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -43,37 +44,48 @@ for start in range(0, len(images), 250):  # all at once might take gigabytes of 
 '''
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportInfo:
+    """The content of model.json, next to the exported models."""
+
+    config: Config
+    data: DataInfo
+    step: int
+    jax: str  # version
+    sha256: dict[str, str]  # of the models, by suffix
+
+
 def write(trained: Trained, folder: Path) -> list[Path]:
     """Write model.safetensors, model.stablehlo, load.py and model.json to ``folder``, overwriting an earlier export.
 
     The weights are the averaged ones if the run has them. model.json holds config, data, step, the JAX version, and the
     SHA-256 of both models. Raise UserError if the extra is not installed, or ``folder`` cannot be written to.
     """
-    check_extra("launch/export.py")
+    check_extra("an export")
     from safetensors.numpy import save
 
-    metadata = {"config": fields.to_json(trained.config), "data": trained.data, "step": int(trained.state.step)}
+    source: dict[str, Any] = {"config": trained.config, "data": trained.data, "step": int(trained.state.step)}
     weights = fields.flatten(jax.device_get(trained.state.weights))
-    (height, width), classes = trained.data["shape"], trained.data["classes"]
+    height, width = trained.data.shape
     contents = {
-        "model.safetensors": save(weights, {"flaxmnist": json.dumps(metadata)}),
-        "model.stablehlo": stablehlo(trained.model, trained.data["shape"]),
-        "load.py": LOADER.format(height=height, width=width, classes=classes).encode(),
+        "model.safetensors": save(weights, {"flaxmnist": json.dumps(fields.to_json(source))}),
+        "model.stablehlo": stablehlo(trained.model, (height, width)),
+        "load.py": LOADER.format(height=height, width=width, classes=trained.data.classes).encode(),
     }
+    digests = {suffix: sha256(contents[f"model{suffix}"]) for suffix in SUFFIXES}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "load.py").exists() and not (folder / "model.json").exists():
             raise UserError(f"{folder} has a load.py that is not part of an export: pass another --out")
         for name, content in contents.items():
             write_file(folder / name, content)
-        digests = {suffix: sha256(contents[f"model{suffix}"]) for suffix in SUFFIXES}
-        write_json(folder / "model.json", metadata | {"jax": jax.__version__, "sha256": digests})
+        write_json(folder / "model.json", ExportInfo(**source, jax=jax.__version__, sha256=digests))
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; pass another --out") from None
     return [folder / name for name in (*contents, "model.json")]
 
 
-def stablehlo(model: nnx.Module, shape: tuple[int, int] | list[int]) -> bytes:
+def stablehlo(model: nnx.Module, shape: tuple[int, int]) -> bytes:
     """Return the program that maps images, uint8 [n, *shape, 1], to logits, float32 [n, classes], for any n ≥ 1."""
     from jax import export
 
@@ -100,34 +112,30 @@ def evaluate(file: Path, split: str = "test", data_dir: str | Path | None = None
     not installed, or if ``data_dir`` holds other data.
     """
     check_extra(f"reading {file}")
-    content, metadata = read_export(file)
-    config: Config = fields.from_json(metadata["config"], Config)
-    images, labels = get_split(file, load_training_data(file, config, metadata["data"], data_dir), split)
+    content, info = read_export(file)
+    images, labels = get_split(file, load_training_data(file, info.config, info.data, data_dir), split)
     if file.suffix == ".stablehlo":
-        return evaluation.score_logits(predict_logits(file, content, metadata, images), labels)
-    return evaluation.evaluate(load_model(file, content, config, metadata["data"]), images, labels)
+        return evaluation.score_logits(predict_logits(file, content, info, images), labels)
+    return evaluation.evaluate(load_model(file, content, info), images, labels)
 
 
-def read_export(file: Path) -> tuple[bytes, dict[str, Any]]:
+def read_export(file: Path) -> tuple[bytes, ExportInfo]:
     """Return the content of ``file`` and of its model.json. Raise UserError if either is missing or damaged."""
-    metadata_file = file.with_suffix(".json")
+    info_file = file.with_suffix(".json")
     try:
         content = file.read_bytes()
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
-    if not metadata_file.exists():
-        raise UserError(f"{file} has no {metadata_file.name} next to it: copy it from the export")
-    metadata = folders.read_json(metadata_file)
-    folders.check_description(metadata_file, metadata)
-    with folders.damage_as_user_error(metadata_file.parent):
-        digest = metadata["sha256"][file.suffix]
-    if sha256(content) != digest:
-        raise UserError(f"{file} does not match its SHA-256 in {metadata_file}: export the run again")
-    return content, metadata
+    if not info_file.exists():
+        raise UserError(f"{file} has no {info_file.name} next to it: copy it from the export")
+    info = read_json(info_file, ExportInfo)
+    if sha256(content) != info.sha256.get(file.suffix):
+        raise UserError(f"{file} does not match its SHA-256 in {info_file}: export the run again")
+    return content, info
 
 
-def load_model(file: Path, content: bytes, config: Config, data: dict[str, Any]) -> nnx.Module:
-    """Return the model of ``config`` with the weights of a safetensors file. Raise UserError if they do not fit."""
+def load_model(file: Path, content: bytes, info: ExportInfo) -> nnx.Module:
+    """Return the model of a run with the weights of a safetensors file. Raise UserError if they do not fit."""
     from safetensors.numpy import load
 
     try:
@@ -135,13 +143,14 @@ def load_model(file: Path, content: bytes, config: Config, data: dict[str, Any])
     except Exception as error:  # safetensors raises several types
         raise UserError(f"{file} is not a safetensors file: {one_line(error)}") from None
     try:
-        return models.with_weights(config.model, tuple(data["shape"]), data["classes"], weights)
+        height, width = info.data.shape
+        return models.with_weights(info.config.model, (height, width), info.data.classes, weights)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
 
 def predict_logits(
-    file: Path, content: bytes, metadata: dict[str, Any], images: UInt8[np.ndarray, "n h w 1"]
+    file: Path, content: bytes, info: ExportInfo, images: UInt8[np.ndarray, "n h w 1"]
 ) -> Float[np.ndarray, "n classes"]:
     """Run the program of a StableHLO file on each image. Raise UserError if it fails or returns anything but logits."""
     from jax import export
@@ -152,9 +161,9 @@ def predict_logits(
         call = jax.jit(export.deserialize(bytearray(content)).call)
         batches = [np.asarray(call(images[start : start + evaluation.FORWARD_BATCH])) for start in starts]
     except Exception as error:  # a damaged program can raise anything
-        versions = f"written with JAX {metadata.get('jax')}, cannot be run with JAX {jax.__version__}"
+        versions = f"written with JAX {info.jax}, cannot be run with JAX {jax.__version__}"
         raise UserError(f"{file}, {versions}: {one_line(error)}") from None
-    logits, classes = np.concatenate(batches), metadata["data"]["classes"]
+    logits, classes = np.concatenate(batches), info.data.classes
     if (logits.shape, logits.dtype) != ((len(images), classes), np.float32):
         found = f"{logits.dtype} {list(logits.shape)}"
         raise UserError(f"{file} must return {classes} float32 logits per image, not {found}")

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flaxmnist import fields
 from flaxmnist.console import logger
 from flaxmnist.errors import UserError
+from flaxmnist.store.provenance import RunInfo
 
 NAME, RECORDS = "manifest.json", "records.jsonl"
 
@@ -20,8 +22,20 @@ NAME, RECORDS = "manifest.json", "records.jsonl"
 UNCHECKED = {"_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
-class DamagedError(Exception):
-    """A checkpoint differs from what was saved; the message names the file."""
+class DamagedError(UserError):
+    """A checkpoint differs from what was saved."""
+
+    def __init__(self, checkpoint: Path, reason: str):
+        super().__init__(f"checkpoint {checkpoint} is damaged: {reason}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """The metadata of a checkpoint."""
+
+    accuracy: float | None  # on the validation images, if they were evaluated at this step
+    seconds: dict[str, float]  # spent by the run so far, by activity
+    run: RunInfo
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,7 @@ class Saved:
     """A checkpoint without its arrays."""
 
     step: int
-    metadata: dict[str, Any]  # "accuracy" on the validation images at this step or None, "seconds", "run"
+    info: CheckpointInfo
     records: bytes  # the content of metrics.jsonl
 
 
@@ -44,20 +58,26 @@ def steps(folder: Path) -> list[int]:
         raise UserError(f"{folder} cannot be read ({error.strerror}): check the permissions") from None
 
 
-def read(folder: Path, step: int) -> Saved:
-    """Verify the checkpoint at ``step`` and load all but its arrays. Raise DamagedError if any file has changed."""
+def read(folder: Path, step: int, *, verify: bool = True) -> Saved:
+    """Load the checkpoint at ``step`` without its arrays.
+
+    Raise DamagedError if any of its files has changed or, without ``verify``, if the manifest has.
+    """
     checkpoint = folder / str(step)
     content = read_manifest(checkpoint)
     try:
-        found = dict(hashes(checkpoint))
+        found = dict(hashes(checkpoint)) if verify else content["files"]
+        for name, checksum in content["files"].items():
+            if found.get(name) != checksum:
+                raise DamagedError(checkpoint, f"{name} {'has changed' if name in found else 'is missing'}")
+        records = (checkpoint / RECORDS).read_bytes()
     except OSError as error:
-        raise read_error(error) from None
-    for name, checksum in content["files"].items():
-        if name not in found:
-            raise DamagedError(f"{name} is missing")
-        if found[name] != checksum:
-            raise DamagedError(f"{name} has changed")
-    return Saved(step, content["about"], (checkpoint / RECORDS).read_bytes())
+        raise read_error(checkpoint, error) from None
+    try:
+        return Saved(step, fields.from_json(content["about"], CheckpointInfo), records)
+    except UserError as error:
+        # Not a DamagedError: it is intact, so that a run must not start from scratch because of it.
+        raise UserError(f"{checkpoint / NAME} is from another version of flaxmnist: {error}") from None
 
 
 def newest(folder: Path) -> Saved | None:
@@ -66,7 +86,7 @@ def newest(folder: Path) -> Saved | None:
         try:
             return read(folder, step)
         except DamagedError as error:
-            logger.warning("skipping the damaged checkpoint %s: %s", folder / str(step), error)
+            logger.warning("%s; skipping it", error)
     return None
 
 
@@ -94,7 +114,7 @@ def find(folder: Path, which: str) -> Saved | None:
     try:
         return read(folder, step)
     except DamagedError as error:
-        raise UserError(f"checkpoint {folder / str(step)} is damaged: {error}; use --step latest") from None
+        raise UserError(f"{error}; use --step latest") from None
 
 
 def best(folder: Path, candidates: list[int]) -> int | None:
@@ -111,31 +131,31 @@ def best(folder: Path, candidates: list[int]) -> int | None:
 # --- One checkpoint -------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, metadata: dict[str, Any]) -> None:
-    """Write the manifest of the checkpoint in ``folder``, whose other files must be complete."""
-    content = {"about": metadata, "files": dict(sorted(hashes(folder)))}
-    (folder / NAME).write_text(json.dumps({"sha256": sha256(content), "checkpoint": content}, indent=1))
+def write(checkpoint: Path, info: CheckpointInfo) -> None:
+    """Write the manifest of ``checkpoint``, a folder whose other files must be complete."""
+    content = {"about": fields.to_json(info), "files": dict(sorted(hashes(checkpoint)))}
+    (checkpoint / NAME).write_text(json.dumps({"sha256": sha256(content), "checkpoint": content}, indent=1))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Load the manifest of the checkpoint in ``folder``. Raise DamagedError if it has changed."""
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Load the manifest of ``checkpoint``. Raise DamagedError if it has changed."""
     try:
-        document = json.loads((folder / NAME).read_text())
+        document = json.loads((checkpoint / NAME).read_text())
         checksum, content = document["sha256"], document["checkpoint"]
     except OSError as error:
-        raise read_error(error) from None
+        raise read_error(checkpoint, error) from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise DamagedError(f"{NAME} has changed") from None
+        raise DamagedError(checkpoint, f"{NAME} has changed") from None
     if sha256(content) != checksum:
-        raise DamagedError(f"{NAME} has changed")
+        raise DamagedError(checkpoint, f"{NAME} has changed")
     return content
 
 
-def read_error(error: OSError) -> DamagedError | UserError:
-    """Return a DamagedError for a missing file, a UserError for one that exists but cannot be read."""
-    path = Path(error.filename)
+def read_error(checkpoint: Path, error: OSError) -> UserError:
+    """Return a DamagedError for a missing file, another UserError for one that exists but cannot be read."""
+    path = Path(error.filename or checkpoint)
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return DamagedError(f"{path.name} is missing")
+        return DamagedError(checkpoint, f"{path.name} is missing")
     return UserError(f"{path} cannot be read ({error.strerror}): check the permissions and the disk")
 
 
@@ -143,10 +163,10 @@ def sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def hashes(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield the relative path and the SHA-256 of each file in ``folder``."""
-    for path in folder.rglob("*"):
-        name = str(path.relative_to(folder))
+def hashes(checkpoint: Path) -> Iterator[tuple[str, str]]:
+    """Yield the relative path and the SHA-256 of each file in ``checkpoint``."""
+    for path in checkpoint.rglob("*"):
+        name = str(path.relative_to(checkpoint))
         if path.is_file() and name not in UNCHECKED | {NAME}:
             with path.open("rb") as file:
                 yield name, hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,7 @@ class Records:
     def __init__(self, path: Path | None, text: bytes = b""):
         """Continue after the records in ``text``, and make them the content of ``path``. Raise OSError on failure."""
         self.path, self.text, self.written = path, bytearray(text), len(text)
-        self.few = [record for record in self.history if record["split"] not in FREQUENT]
+        self.rare = [record for record in self.history if record["split"] not in FREQUENT]
         if path is None:
             return
         try:
@@ -39,7 +39,7 @@ class Records:
             name: to_json_value(value) for name, value in values.items()
         }
         if split not in FREQUENT:
-            self.few.append(record)
+            self.rare.append(record)
         self.text += json.dumps(record, allow_nan=False).encode() + b"\n"
 
     @property
@@ -50,11 +50,11 @@ class Records:
     @property
     def accuracies(self) -> list[float]:
         """Return the accuracies of all evaluations on the validation images."""
-        return [record["accuracy"] for record in self.few if record["split"] == "validation"]
+        return [record["accuracy"] for record in self.rare if record["split"] == "validation"]
 
     def last(self, split: str) -> dict[str, Any] | None:
         """Return the last record of ``split``, which must not be FREQUENT."""
-        return next((record for record in reversed(self.few) if record["split"] == split), None)
+        return next((record for record in reversed(self.rare) if record["split"] == split), None)
 
     def write(self) -> None:
         """Append new records to the file. Raise OSError on failure, keeping them for the next call."""

@@ -10,9 +10,7 @@ import math
 import struct
 import sys
 import time
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,14 +18,26 @@ from jaxtyping import Float, Int, UInt8
 
 from flaxmnist import fields
 from flaxmnist.config import Config
+from flaxmnist.core.pictures import MAX_TILES, class_fractions, sheet
 from flaxmnist.store.records import Records
+
+# tensorboardX imports PyTorch if it is installed, which takes a second and is not needed here.
+sys.modules.setdefault("torch", None)  # pyright: ignore[reportArgumentType]
+try:
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboardX.record_writer import masked_crc32c
+    from tensorboardX.summary import hparams
+finally:
+    if sys.modules["torch"] is None:
+        del sys.modules["torch"]
 
 # The metric in TensorBoard's table of hyper-parameters.
 METRIC = "test/accuracy"
 
-# Pixels: the approximate width of an image of weights, the maximum width of a confusion matrix, the side of its cells.
-MOSAIC, MATRIX, CELL = 480, 800, 40
-MAX_TILES = 64
+# Pixels: the approximate width of an image of weights; the maximum width of a confusion matrix, the side of its cells,
+# and the margin for their labels.
+MOSAIC, MATRIX, CELL, MARGIN = 480, 800, 40, 56
 
 Picture = UInt8[np.ndarray, "height width 3"]
 
@@ -43,7 +53,6 @@ class EventWriter:
 
     def begin(self, step: int) -> None:
         """Prepare another file, for ``step`` and later steps, without writing it yet. Raise OSError."""
-        tensorboard = tensorboard_messages()
         old_paths = sorted(self.folder.glob("events.out.tfevents.*"))
         old_files = [read_events(path) for path in old_paths]
         # If an earlier file is damaged, repeat the events of all steps.
@@ -55,12 +64,10 @@ class EventWriter:
         self.last_steps: dict[str, int] = {}  # step of the last image, by tag
         self.offset = offset_of_step(start, self.records.text)  # bytes of metrics.jsonl that are converted to events
         self.add(0, file_version="brain.Event:2")
-        self.add(start, session_log=tensorboard.SessionLog(status=tensorboard.SessionLog.START))
-        hparams = {
-            name: value if isinstance(value, int | float | str) else str(value)
-            for name, value in fields.flatten(fields.to_json(self.config)).items()
-        }
-        experiment, session_start, self.session_end = tensorboard.hparams(hparams, {METRIC: None})
+        self.add(start, session_log=SessionLog(status=SessionLog.START))
+        values = fields.flatten(fields.to_json(self.config))
+        values = {name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()}
+        experiment, session_start, self.session_end = hparams(values, {METRIC: None})
         self.add(0, summary=experiment)
         self.add(0, summary=session_start)
         # TensorBoard discards the images from ``start`` on too, and no checkpoint holds them: copy them from earlier
@@ -79,11 +86,11 @@ class EventWriter:
         """Queue an image for the next ``write``, unless there is one with this tag for ``step``."""
         from PIL import Image
 
-        tensorboard, content = tensorboard_messages(), io.BytesIO()
+        content = io.BytesIO()
         Image.fromarray(picture).save(content, "PNG")
         height, width, _ = picture.shape
-        image = tensorboard.Image(height=height, width=width, colorspace=3, encoded_image_string=content.getvalue())
-        self.add_value(step, tensorboard.Value(tag=tag, image=image))
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content.getvalue())
+        self.add_value(step, Summary.Value(tag=tag, image=image))
 
     def end(self) -> None:
         """Queue the event that marks the run as finished."""
@@ -93,11 +100,10 @@ class EventWriter:
         """Append new records and queued events to the file. Raise OSError on failure; the next call writes the rest."""
         if self.size and not self.path.exists():  # deleted by someone: write everything again
             self.begin(0)
-        tensorboard = tensorboard_messages()
         for line in bytes(self.records.text[self.offset :]).splitlines():
             record = json.loads(line)
-            values = [tensorboard.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()]
-            self.add(record["step"], summary=tensorboard.Summary(value=values))
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()]
+            self.add(record["step"], summary=Summary(value=values))
         self.offset = len(self.records.text)
         self.folder.mkdir(exist_ok=True)
         with self.path.open("r+b" if self.size else "wb", buffering=0) as file:
@@ -110,11 +116,10 @@ class EventWriter:
     def add_value(self, step: int, value: Any) -> None:
         if self.last_steps.get(value.tag) != step:
             self.last_steps[value.tag] = step
-            self.add(step, summary=tensorboard_messages().Summary(value=[value]))
+            self.add(step, summary=Summary(value=[value]))
 
     def add(self, step: int, **content: Any) -> None:
-        event = tensorboard_messages().Event(wall_time=time.time(), step=step, **content)
-        self.pending += frame_event(event.SerializeToString())
+        self.pending += frame_event(Event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
 def offset_of_step(step: int, text: bytes | bytearray) -> int:
@@ -137,32 +142,10 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
 # --- Files ----------------------------------------------------------------------------------------------------------
 
 
-@cache
-def tensorboard_messages() -> SimpleNamespace:
-    """Return TensorBoard's protocol buffer messages, and what is needed to write them."""
-    # tensorboardX imports PyTorch if it is installed, which takes a second and is not needed here.
-    hide = "torch" not in sys.modules
-    if hide:
-        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
-    try:
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboardX.record_writer import masked_crc32c
-        from tensorboardX.summary import hparams
-    finally:
-        if hide:
-            del sys.modules["torch"]
-    return SimpleNamespace(
-        Event=Event, SessionLog=SessionLog, Summary=Summary, Value=Summary.Value, Image=Summary.Image,
-        hparams=hparams, masked_crc32c=masked_crc32c,
-    )  # fmt: skip
-
-
 def frame_event(content: bytes) -> bytes:
     """Return an event as stored in a file: its length and its content, each followed by a checksum."""
-    checksum = tensorboard_messages().masked_crc32c
     length = struct.pack("<Q", len(content))
-    return length + struct.pack("<I", checksum(length)) + content + struct.pack("<I", checksum(content))
+    return length + struct.pack("<I", masked_crc32c(length)) + content + struct.pack("<I", masked_crc32c(content))
 
 
 def read_events(path: Path) -> tuple[list[Any], bool]:
@@ -173,7 +156,7 @@ def read_events(path: Path) -> tuple[list[Any], bool]:
         event = content[offset + 12 : offset + 12 + size]
         if content[offset : offset + size + 16] != frame_event(event):
             return events, False
-        events.append(tensorboard_messages().Event.FromString(event))
+        events.append(Event.FromString(event))
         offset += size + 16
     return events, True
 
@@ -184,21 +167,14 @@ def read_events(path: Path) -> tuple[list[Any], bool]:
 def mosaic(weights: Float[np.ndarray, "n h w"]) -> Picture:
     """Return the first 64 of ``weights`` as tiles of one image: positive blue, negative red, zero white."""
     weights = weights[:MAX_TILES]
-    count, height, width = weights.shape
-    min_columns = math.ceil(math.sqrt(count))
+    min_columns = math.ceil(math.sqrt(len(weights)))
     # Prefer full rows, unless they make a long strip.
-    columns = next((number for number in range(min_columns, 2 * min_columns) if count % number == 0), min_columns)
-    rows = -(-count // columns)
-    scaled = weights / max(np.abs(weights).max(), np.finfo(np.float32).tiny)
+    choices = range(min_columns, 2 * min_columns)
+    columns = next((number for number in choices if len(weights) % number == 0), min_columns)
+    scaled = np.nan_to_num(sheet(weights, columns) / max(np.abs(weights).max(), np.finfo(np.float32).tiny))
     # Take red and green from white for positive weights, green and blue for negative ones.
     removed = np.stack([np.maximum(scaled, 0), np.abs(scaled), np.maximum(-scaled, 0)], axis=-1)
-    sheet = np.full((rows * columns, height + 1, width + 1, 3), 255, np.uint8)
-    sheet[:count, 1:, 1:] = (255 * (1 - removed)).round()
-    # The first row and column of each tile are white and separate it from its neighbours.
-    sheet = sheet.reshape(rows, columns, height + 1, width + 1, 3).swapaxes(1, 2)
-    sheet = sheet.reshape(rows * (height + 1), columns * (width + 1), 3)[1:, 1:]
-    scale = max(1, MOSAIC // sheet.shape[1])
-    return sheet.repeat(scale, axis=0).repeat(scale, axis=1)
+    return enlarge((255 * (1 - removed)).round().astype(np.uint8), max(1, MOSAIC // scaled.shape[1]))
 
 
 def confusion_picture(confusion: Int[np.ndarray, "classes classes"]) -> Picture:
@@ -207,31 +183,24 @@ def confusion_picture(confusion: Int[np.ndarray, "classes classes"]) -> Picture:
 
     classes = len(confusion)
     side = max(1, min(CELL, MATRIX // classes))
-    fractions = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     # Errors are rare: the square root makes 1 % visible.
-    shades = np.sqrt(fractions)[..., None]
-    colours = (255 + shades * (np.array([8, 48, 107]) - 255)).round().astype(np.uint8)
-    left = top = 56
-    sheet = np.full((top + classes * side + 8, left + classes * side + 8, 3), 255, np.uint8)
-    sheet[top : top + classes * side, left : left + classes * side] = colours.repeat(side, axis=0).repeat(side, axis=1)
-    picture = Image.fromarray(sheet)
-    draw = ImageDraw.Draw(picture)
-    title_font, number_font = ImageFont.load_default(16), ImageFont.load_default(13)
-    middle = classes * side / 2
-    draw.rectangle((left - 1, top - 1, left + classes * side, top + classes * side), outline="lightgrey")
-    draw.text((left + middle, 16), "prediction", "black", title_font, anchor="mm")
-    label = Image.new("RGB", (80, 24), "white")
-    ImageDraw.Draw(label).text((40, 12), "true class", "black", title_font, anchor="mm")
-    picture.paste(label.rotate(90, expand=True), (4, int(top + middle) - 40))
+    shades = np.sqrt(class_fractions(confusion))
+    cells = (255 + shades[..., None] * (np.array([8, 48, 107]) - 255)).round().astype(np.uint8)
+    margins = (MARGIN, 8)
+    picture = Image.fromarray(np.pad(enlarge(cells, side), (margins, margins, (0, 0)), constant_values=255))
+    draw, font, end = ImageDraw.Draw(picture), ImageFont.load_default(13), MARGIN + classes * side
+    draw.rectangle((MARGIN - 1, MARGIN - 1, end, end), outline="lightgrey")
+    draw.text((4, 2), "rows: true classes\ncolumns: predictions", "black", font)
+    centres = [MARGIN + (number + 0.5) * side for number in range(classes)]
     # Label only as many classes as fit.
     for number in range(0, classes, -(-24 // side)):
-        centre = (number + 0.5) * side
-        draw.text((left + centre, top - 12), str(number), "black", number_font, anchor="mm")
-        draw.text((left - 8, top + centre), str(number), "black", number_font, anchor="rm")
-    if side == CELL:
-        for (row, column), count in np.ndenumerate(confusion):
-            if count:
-                colour = "white" if shades[row, column, 0] > 0.6 else "black"
-                position = (left + (column + 0.5) * side, top + (row + 0.5) * side)
-                draw.text(position, str(count), colour, number_font, anchor="mm")
+        draw.text((centres[number], MARGIN - 10), str(number), "black", font, anchor="mm")
+        draw.text((MARGIN - 8, centres[number]), str(number), "black", font, anchor="rm")
+    for row, column in np.argwhere(confusion) if side == CELL else ():
+        colour = "white" if shades[row, column] > 0.6 else "black"
+        draw.text((centres[column], centres[row]), str(confusion[row, column]), colour, font, anchor="mm")
     return np.asarray(picture)
+
+
+def enlarge(picture: Picture, factor: int) -> UInt8[np.ndarray, "rows columns 3"]:
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)

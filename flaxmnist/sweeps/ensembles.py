@@ -2,19 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from flax import nnx
 
-from flaxmnist import fields
-from flaxmnist.config import Config
 from flaxmnist.devices import evaluation
 from flaxmnist.errors import UserError
-from flaxmnist.store import folders
-from flaxmnist.store.trained import get_split, load_training_data
-from flaxmnist.sweeps import statistics
-from flaxmnist.sweeps.parts import load_trials
+from flaxmnist.store.files import read_json
+from flaxmnist.store.run import get_split, load_training_data
+from flaxmnist.sweeps.folder import load_trials
+from flaxmnist.sweeps.results import SweepInfo, SweepResult
 
 
 @dataclass(frozen=True)
@@ -40,32 +36,21 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> Scores:
     return Scores(accuracy, evaluation.reliability(probabilities, labels).error())
 
 
-def evaluate(workdir: Path, size: int | None, split: str = "test", data_dir: Path | None = None) -> Ensemble:
+def evaluate_ensemble(workdir: Path, size: int | None, split: str = "test", data_dir: Path | None = None) -> Ensemble:
     """Evaluate the first ``size`` trials (None: all), by seed, of the best setting of the sweep in ``workdir``.
 
     Raise UserError if the sweep is not finished, has no best setting, or has fewer trials.
     """
-    with folders.damage_as_user_error(workdir):
-        setting, config, data, trials = load_best_trials(workdir)
-    if size is not None and not 1 <= size <= len(trials):
-        raise UserError(f"{workdir} has {len(trials)} trials of its best setting: pass --ensemble a number up to that")
-    images = get_split(workdir, load_training_data(workdir, config, data, data_dir), split)
-    probabilities = [evaluation.predict(model, images.images)[1] for model in trials[:size]]
-    together = score(np.mean(probabilities, axis=0), images.labels)
-    return Ensemble(setting, len(images.labels), [score(p, images.labels) for p in probabilities], together)
-
-
-def load_best_trials(workdir: Path) -> tuple[str, Config, dict[str, Any], list[nnx.Module]]:
-    """Load the best setting of the sweep in ``workdir``: its title, config, description of the data, and models."""
-    result, described = folders.read_json(workdir / "result.json"), folders.read_json(workdir / "sweep.json")
-    best = result["best"]
+    result, info = read_json(workdir / "result.json", SweepResult), read_json(workdir / "sweep.json", SweepInfo)
+    best = result.best
     if best is None:
         raise UserError(f"{workdir} has no best setting: an ensemble needs validation images, or a single setting")
-    models = [
-        model
-        for line, model in load_trials(workdir)
-        if (line["experiment"], line["fields"]) == (best["experiment"], best["fields"])
-    ]
-    index = result["experiments"].index(best["experiment"])
-    config = fields.from_json(described["experiments"][index], Config)
-    return statistics.title(best), config, described["data"][index], models
+    models = [model for trial, model in load_trials(workdir) if trial.setting == best.setting]
+    count = len(models) if size is None else size
+    if not 1 <= count <= len(models):
+        raise UserError(f"{workdir} has {len(models)} trials of its best setting: pass --ensemble a number up to that")
+    config, data = info.experiment(best.experiment)
+    images, labels = get_split(workdir, load_training_data(workdir, config, data, data_dir), split)
+    probabilities = [evaluation.predict(model, images)[1] for model in models[:count]]
+    together = score(np.mean(probabilities, axis=0), labels)
+    return Ensemble(best.title, len(labels), [score(p, labels) for p in probabilities], together)

@@ -18,13 +18,14 @@ def parse_settings(over: Sequence[str], random: int | None = None) -> list[dict[
 
     Raise UserError for invalid options.
     """
-    options = [option.partition("=") for option in over]
-    for name, equals, values in options:
-        if not (name and equals and values):
-            raise UserError(f"--over {name}{equals}{values} must be FIELD=V1,V2,… or FIELD=LOW..HIGH[,log]")
+    fields = {}
+    for option in over:
+        name, _, values = option.partition("=")
+        if not (name and values):
+            raise UserError(f"--over {option} must be FIELD=V1,V2,… or FIELD=LOW..HIGH[,log]")
         if random is None and ".." in values:
-            raise UserError(f"--over {name}={values} is a range: pass --random N to sample N settings from it")
-    fields = {name.replace("-", "_"): values for name, _, values in options}
+            raise UserError(f"--over {option} is a range: pass --random N to sample N settings from it")
+        fields[name.replace("-", "_")] = values
     if random is None:
         lists = [parse_values(values) for values in fields.values()]
         if math.prod(map(len, lists)) > MAX_SETTINGS:

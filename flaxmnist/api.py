@@ -1,0 +1,39 @@
+"""The public names of the package, which ``import flaxmnist as fm`` imports when the first one is used."""
+
+from flaxmnist.config import Config, load_experiment
+from flaxmnist.core.models import CNN, MLP, Softmax, make_model
+from flaxmnist.core.state import Batch, TrainState
+from flaxmnist.core.steps import create_state, train_step, train_steps
+from flaxmnist.data.sets import Dataset, Split, load_data
+from flaxmnist.devices.evaluation import Evaluation, evaluate, predict
+from flaxmnist.runs import fit
+from flaxmnist.show import plots
+from flaxmnist.store.run import Run, load_run
+from flaxmnist.sweeps.results import Sweep
+from flaxmnist.sweeps.runner import sweep
+
+__all__ = [
+    "CNN",
+    "MLP",
+    "Batch",
+    "Config",
+    "Dataset",
+    "Evaluation",
+    "Run",
+    "Softmax",
+    "Split",
+    "Sweep",
+    "TrainState",
+    "create_state",
+    "evaluate",
+    "fit",
+    "load_data",
+    "load_experiment",
+    "load_run",
+    "make_model",
+    "plots",
+    "predict",
+    "sweep",
+    "train_step",
+    "train_steps",
+]

@@ -1,0 +1,60 @@
+"""Evaluate a run, a sweep or an export."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from flaxmnist.commands import command
+from flaxmnist.devices import program
+from flaxmnist.errors import UserError, exit_code
+from flaxmnist.show import text
+from flaxmnist.store import exports
+from flaxmnist.store.run import evaluate_run
+from flaxmnist.sweeps import ensembles
+
+
+@dataclass(frozen=True)
+class Arguments:
+    workdir: tyro.conf.Positional[Path]  # folder of a run or sweep, or an exported file
+    step: str = "latest"  # checkpoint: latest, best (by validation accuracy), or a step
+    split: Literal["test", "validation", "train"] = "test"  # images to evaluate on
+    ensemble: int | Literal["all"] | None = None  # for a sweep: trials of its best setting to ensemble; no value: all
+    data_dir: Path | None = None  # folder of the data sets; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
+
+
+def evaluate(arguments: Arguments) -> None:
+    """Print loss, accuracy and results per class; for a sweep, the trials and their ensemble."""
+    program.use_compilation_cache()
+    is_sweep = os.path.exists(arguments.workdir / "sweep.json")
+    if is_sweep != (arguments.ensemble is not None):
+        raise UserError(
+            f"{arguments.workdir} is {'' if is_sweep else 'not '}the folder of a sweep: "
+            f"{'pass' if is_sweep else 'omit'} --ensemble"
+        )
+    if is_sweep:
+        size = None if arguments.ensemble == "all" else arguments.ensemble
+        ensemble = ensembles.evaluate_ensemble(arguments.workdir, size, arguments.split, arguments.data_dir)
+        print(text.ensemble_report(ensemble))
+    elif arguments.workdir.suffix in exports.SUFFIXES:
+        if arguments.step != "latest":
+            raise UserError(f"{arguments.workdir} holds only one step: omit --step, and pass it to {command('export')}")
+        print(text.class_report(exports.evaluate(arguments.workdir, arguments.split, arguments.data_dir)))
+    else:
+        evaluation = evaluate_run(arguments.workdir, arguments.step, arguments.split, arguments.data_dir)
+        print(text.class_report(evaluation))
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Parse the arguments; ``--ensemble`` without a number means all."""
+    argv = [
+        f"{word}=all" if word == "--ensemble" and not following.isdecimal() else word
+        for word, following in zip(argv, [*argv[1:], ""], strict=False)
+    ]
+    return tyro.cli(Arguments, args=argv, prog=command("evaluate"), description=__doc__)
+
+
+def main(argv: list[str]) -> int:
+    return exit_code(lambda: evaluate(parse_arguments(argv)))

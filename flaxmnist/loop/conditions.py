@@ -1,0 +1,46 @@
+"""When something is due and when a run ends, as pure functions of config, step and what was recorded."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from flaxmnist.config import Train
+
+
+def is_due(step: int, length: int, every: int | None) -> bool:
+    """Return True at multiples of ``every`` steps and at the end of a run of ``length`` steps."""
+    return step == length or (every is not None and step % every == 0)
+
+
+def next_due(step: int, length: int, *intervals: int | None) -> int:
+    """Return the first step after ``step`` at which something done at one of the ``intervals`` is due, or the end."""
+    return min([length, *(step - step % every + every for every in intervals if every is not None)])
+
+
+def is_logged(train: Train, step: int, epoch_length: int) -> bool:
+    """Return True if the batch of ``step`` is recorded. With ``batch_loss``, batches are counted per epoch."""
+    number = step % epoch_length if train.report == "batch_loss" else step
+    return number % train.log_every == 0
+
+
+def stops_early(train: Train, accuracies: Sequence[float]) -> bool:
+    """Return True if ``train.stop_accuracy`` is reached or the last ``train.patience`` evaluations had no new best.
+
+    ``accuracies`` are those of all evaluations on the validation images so far.
+    """
+    if not accuracies:
+        return False
+    reached = train.stop_accuracy is not None and max(accuracies) >= train.stop_accuracy
+    since_best = len(accuracies) - 1 - int(np.argmax(accuracies))
+    return reached or (train.patience is not None and since_best >= train.patience)
+
+
+def may_skip(train: Train, step: int, skipped: Sequence[int]) -> bool:
+    """Return True if ``step``, whose loss or gradient is not finite, may be skipped.
+
+    ``skipped`` are the steps skipped before, ascending. At most ``train.skip_nonfinite`` in a row may be skipped.
+    """
+    in_a_row = 0
+    while in_a_row < len(skipped) and skipped[-1 - in_a_row] == step - 1 - in_a_row:
+        in_a_row += 1
+    return in_a_row < train.skip_nonfinite

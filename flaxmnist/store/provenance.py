@@ -1,0 +1,93 @@
+"""Where a run comes from: config.json, with the config, code, versions, devices and data of a run."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import jax
+from jax.sharding import Mesh
+
+from flaxmnist.config import Config
+from flaxmnist.data.sets import Dataset
+from flaxmnist.fields import In
+
+Positive = Annotated[int, In(1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInfo:
+    """A description of a data set."""
+
+    name: str
+    source: str  # its files, with their SHA-256
+    classes: Positive
+    shape: tuple[Positive, Positive]  # of an image: height, width
+    train: Positive  # images
+    validation: Annotated[int, In(0)]
+    test: Positive
+
+    @classmethod
+    def of(cls, data: Dataset) -> "DataInfo":
+        sizes = {name: 0 if split is None else len(split.labels) for name, split in data.splits().items()}
+        _, height, width, _ = data.train.images.shape
+        return cls(name=data.name, source=data.source, classes=data.classes, shape=(height, width), **sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceInfo:
+    """The devices of a run."""
+
+    count: int
+    kind: str
+    processes: int
+    backend: str  # jit or pmap
+    mesh: dict[str, int]  # size of each axis
+
+    @classmethod
+    def of(cls, mesh: Mesh, backend: str) -> "DeviceInfo":
+        kind, processes = mesh.devices.flat[0].device_kind, jax.process_count()
+        return cls(count=mesh.size, kind=kind, processes=processes, backend=backend, mesh=dict(mesh.shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """The content of config.json."""
+
+    config: Config
+    experiment: str | None  # the experiment file
+    command: tuple[str, ...]
+    git_commit: str | None  # of this code
+    versions: dict[str, str]
+    devices: DeviceInfo
+    data: DataInfo
+
+    @classmethod
+    def of(cls, config: Config, data: Dataset, mesh: Mesh, backend: str, experiment: str | Path | None) -> "RunInfo":
+        return cls(
+            config=config,
+            experiment=None if experiment is None else str(experiment),
+            command=tuple(sys.argv),
+            git_commit=git_commit(),
+            versions=versions(),
+            devices=DeviceInfo.of(mesh, backend),
+            data=DataInfo.of(data),
+        )
+
+
+def git_commit() -> str | None:
+    """Return the commit of this code, or None if it is not in a repository or git is not installed."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        process = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return process.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    packages = ("flaxmnist", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages}

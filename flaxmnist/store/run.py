@@ -1,0 +1,139 @@
+"""Load, evaluate and predict with the model of a run folder, without its experiment file."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, UInt8
+
+from flaxmnist.config import Config
+from flaxmnist.core import steps
+from flaxmnist.core.state import TrainState
+from flaxmnist.data import order, photos
+from flaxmnist.data.sets import Dataset, Split, load_data
+from flaxmnist.devices import evaluation
+from flaxmnist.errors import UserError
+from flaxmnist.store import manifest
+from flaxmnist.store.claim import read_run_info
+from flaxmnist.store.files import read_json
+from flaxmnist.store.provenance import DataInfo
+from flaxmnist.store.records import read_records
+from flaxmnist.store.result import Result
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint of a run, and a description of the data that it was trained on."""
+
+    config: Config
+    state: TrainState = field(repr=False)
+    data: DataInfo = field(repr=False)
+
+    @property
+    def model(self) -> nnx.Module:
+        """The model to evaluate and predict with: with averaged weights if the config asks for averaging."""
+        return self.state.model
+
+    @property
+    def epoch_length(self) -> int:
+        """The number of steps in an epoch."""
+        return order.steps_per_epoch(self.config, self.data.train)
+
+
+@dataclass(frozen=True)
+class Run(Trained):
+    """A run with its records and result."""
+
+    history: list[dict[str, Any]] = field(repr=False)  # the records of metrics.jsonl
+    result: Result | None = field(repr=False)  # the content of result.json; None unless the run ended with this state
+
+
+def load_checkpoint(workdir: str | Path, which: str = "latest") -> Trained:
+    """Load the checkpoint ``which`` of the run in ``workdir``: "latest", "best" or a step.
+
+    Only the run folder is needed. Raise UserError if it has no such checkpoint.
+    """
+    from flaxmnist.store.checkpoints import restore
+
+    folder = Path(workdir)
+    saved = manifest.find(folder / "checkpoints", which)
+    run = read_run_info(folder, saved)
+    if saved is None:
+        raise UserError(f"{folder} has no intact checkpoint: continue training with --resume")
+    # On one device, whatever devices it was saved from.
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(partial(steps.create_state, run.config, run.data.shape, run.data.classes))
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+    return Trained(run.config, restore(folder / "checkpoints", saved.step, like), run.data)
+
+
+def load_run(workdir: str | Path, which: str = "latest") -> Run:
+    """Load the run in ``workdir`` with the checkpoint ``which``: "latest", "best" or a step.
+
+    Only the run folder is needed. Raise UserError if it has no such checkpoint, or if its files are damaged.
+    """
+    folder, trained = Path(workdir), load_checkpoint(workdir, which)
+    result = read_json(folder / "result.json", Result) if (folder / "result.json").exists() else None
+    if result is not None and result.steps != trained.state.step:
+        result = None
+    return Run(trained.config, trained.state, trained.data, read_records(folder / "metrics.jsonl"), result)
+
+
+def evaluate_run(
+    workdir: str | Path, which: str = "latest", split: str = "test", data_dir: str | Path | None = None
+) -> evaluation.Evaluation:
+    """Evaluate the checkpoint ``which`` on a split of the data set that it was trained on.
+
+    Raise UserError if ``data_dir`` contains another data set.
+    """
+    trained = load_checkpoint(workdir, which)
+    data = load_training_data(workdir, trained.config, trained.data, data_dir)
+    return evaluation.evaluate(trained.model, *get_split(workdir, data, split))
+
+
+def load_training_data(trained: str | Path, config: Config, expected: DataInfo, data_dir: str | Path | None) -> Dataset:
+    """Load the data set that ``trained``, a folder or a file, was trained on.
+
+    Raise UserError if the source or the classes in ``data_dir`` differ from ``expected``, the saved description.
+    """
+    # The loader names the choices if a damaged description names an unknown data set.
+    data = load_data(replace(config.data, name=expected.name), data_dir)  # pyright: ignore[reportArgumentType]
+    if (data.source, data.classes) != (expected.source, expected.classes):
+        raise UserError(
+            f"{trained} was trained on {expected.source} with {expected.classes} classes, but this data set is "
+            f"{data.source} with {data.classes}: use the --data-dir it was trained on"
+        )
+    return data
+
+
+def get_split(trained: str | Path, data: Dataset, split: str) -> Split:
+    """Return the images of ``split``. Raise UserError if there are none."""
+    images = data.splits()[split]
+    if images is None:
+        raise UserError(f"{trained} has no {split} images: its data.validation is 0")
+    return images
+
+
+class FilePrediction(NamedTuple):
+    """The prediction for an image file."""
+
+    file: Path
+    image: UInt8[np.ndarray, "28 28 1"]  # the input of the model
+    prediction: int  # the most probable class
+    probabilities: Float[np.ndarray, " classes"]
+
+
+def predict_files(workdir: str | Path, paths: Iterable[str | Path], which: str = "latest") -> list[FilePrediction]:
+    """Predict the digits in image files and folders of them. Raise UserError for an image without a digit."""
+    trained = load_checkpoint(workdir, which)
+    if trained.data.shape != (28, 28):
+        raise UserError(f"{workdir} was trained on images of {list(trained.data.shape)} pixels: use a model for 28×28")
+    files = photos.find_images(paths)
+    images = np.stack([photos.read_digit(file) for file in files])
+    classes, probabilities = evaluation.predict(trained.model, images)
+    return [FilePrediction(*values) for values in zip(files, images, classes.tolist(), probabilities, strict=True)]

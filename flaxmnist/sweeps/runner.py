@@ -1,0 +1,116 @@
+"""Train the trials of a sweep, with as few compiled programs as possible."""
+
+import itertools
+import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from flaxmnist.config import Config
+from flaxmnist.console import Progress
+from flaxmnist.data.sets import Dataset
+from flaxmnist.devices import parallel
+from flaxmnist.devices.program import TrialProgram, put_split
+from flaxmnist.errors import UserError
+from flaxmnist.store.provenance import DataInfo, DeviceInfo, versions
+from flaxmnist.sweeps.folder import SweepFolder, open_sweep_folder
+from flaxmnist.sweeps.plan import Group, group_trials, plan_trials
+from flaxmnist.sweeps.results import Sweep, SweepInfo
+from flaxmnist.sweeps.trials import Trials
+
+# Fraction of a device's memory that trials may use.
+MEMORY_FRACTION = 0.5
+
+
+def sweep(
+    config: Config,
+    data: Dataset,
+    *,
+    seeds: int | Sequence[int] = 8,
+    over: Mapping[str, Sequence[Any]] | None = None,
+    share_order: bool = False,
+    exact: bool = False,
+    devices: int | None = None,
+) -> Sweep:
+    """Train ``config`` with each seed and each combination of the values in ``over``, {dotted field: values}.
+
+    ``seeds`` is a list, or a number of seeds counted from 0. With ``share_order`` all trials use the batches of the
+    first seed, which makes small models fast. With ``exact`` each trial is bitwise identical to ``fit``. Raise
+    UserError.
+    """
+    seeds = range(seeds) if isinstance(seeds, int) else list(seeds)
+    settings = [dict(zip(over or {}, values, strict=True)) for values in itertools.product(*(over or {}).values())]
+    return run_sweep([(config, data)], seeds, settings, share_order=share_order, exact=exact, devices=devices)
+
+
+def run_sweep(
+    experiments: Sequence[tuple[Config, Dataset]],
+    seeds: Sequence[int],
+    settings: Sequence[dict[str, Any]],
+    *,
+    share_order: bool = False,
+    exact: bool = False,
+    devices: int | None = None,
+    workdir: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop: threading.Event | None = None,
+) -> Sweep:
+    """Train every experiment with every setting and seed; save the sweep in ``workdir`` unless it is None."""
+    names = [config.name for config, _ in experiments]
+    if len(set(names)) < len(names):
+        raise UserError(f"experiments of a sweep need different names, but these are {', '.join(names)}: rename one")
+    mesh, trials = parallel.make_mesh(devices), plan_trials(experiments, seeds, settings, share_order)
+    info = SweepInfo(
+        experiments=tuple(config for config, _ in experiments),
+        data=tuple(DataInfo.of(data) for _, data in experiments),
+        seeds=tuple(seeds),
+        settings=tuple(settings),
+        share_order=share_order,
+        exact=exact,
+        devices=DeviceInfo.of(mesh, "jit"),
+        versions=versions(),
+    )
+    with open_sweep_folder(workdir, info, resume=resume, overwrite=overwrite) as folder:
+        steps = [trial.config.train.length for trial in trials]
+        progress = Progress(
+            sum(steps), sum(steps[index] for index in folder.results), trials[0].config.train.batch_size
+        )
+        try:
+            with parallel.memory_errors():
+                for group in group_trials(trials, share_order, exact):
+                    train_group(group, mesh, folder, progress, stop or threading.Event())
+        finally:
+            progress.close()
+            folder.flush()
+        return folder.finish(sum(steps))
+
+
+def train_group(group: Group, mesh: Mesh, folder: SweepFolder, progress: Progress, stop: threading.Event) -> None:
+    """Train the trials of ``group`` that are not finished yet."""
+    if folder.has(group.trials):
+        return
+    program = compile_group(group, mesh)
+    for start in range(0, len(group.trials), program.size):
+        trials = group.trials[start : start + program.size]
+        if not folder.has(trials):
+            training = Trials(program, trials, group.names)
+            folder.restore_unfinished(training)
+            training.train(progress, stop, folder.is_save_due, partial(folder.save_unfinished, training))
+            folder.add(training)
+    folder.save()
+
+
+def compile_group(group: Group, mesh: Mesh) -> TrialProgram:
+    """Compile the program for as many trials at once as fit into the memory of a device."""
+    config, data = group.trials[0].config, group.trials[0].data
+    images = put_split(data.train, mesh)
+    per_device = 1 if group.sequential else -(-len(group.trials) // mesh.size)
+    while True:
+        program = TrialProgram(config, group.names, data, images, mesh, per_device, group.share_order)
+        if per_device == 1 or program.bytes <= MEMORY_FRACTION * parallel.device_memory(mesh):
+            return program
+        per_device = -(-per_device // 2)

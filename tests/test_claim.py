@@ -1,0 +1,54 @@
+"""Which folders a run or a sweep may use: files of other people and of other kinds of folders are not touched."""
+
+from pathlib import Path
+
+import pytest
+from conftest import fit_on_one, small
+
+from flaxmnist.errors import UserError
+from flaxmnist.sweeps.runner import run_sweep
+
+CONFIG = small(steps=2)
+
+
+def train(few, folder, **options):
+    return fit_on_one(CONFIG, few, folder, **options)
+
+
+def sweep(few, folder, **options):
+    return run_sweep([(CONFIG, few)], [0, 1], [{}], workdir=folder, devices=1, **options)
+
+
+def read(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("start", [train, sweep])
+def test_overwriting_leaves_the_files_of_others_alone(start, few, tmp_path):
+    start(few, tmp_path)
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "notes.txt").write_text("keep")
+    start(few, tmp_path, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "keep"
+    assert not (tmp_path / "plots").exists(), "it showed the overwritten results"
+
+
+@pytest.mark.parametrize("option", ["resume", "overwrite"])
+@pytest.mark.parametrize(
+    ("first", "second", "noun"), [(train, sweep, "the folder of a sweep"), (sweep, train, "a run")]
+)
+def test_run_and_sweep_do_not_touch_each_other(first, second, noun, option, few, tmp_path):
+    """Otherwise they would remove each other's result.json."""
+    first(few, tmp_path)
+    before = read(tmp_path)
+    with pytest.raises(UserError, match=f"is not {noun}"):
+        second(few, tmp_path, **{option: True})
+    assert read(tmp_path) == before
+
+
+@pytest.mark.parametrize("start", [train, sweep])
+def test_first_start_with_resume_among_other_files(start, few, tmp_path):
+    """As in a scheduler's job, which always passes --resume and writes its log to the folder."""
+    (tmp_path / "slurm-1.out").write_text("log")
+    start(few, tmp_path, resume=True)
+    assert (tmp_path / "result.json").exists()

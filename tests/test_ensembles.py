@@ -1,0 +1,65 @@
+"""Ensembles of the trials of a saved sweep."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import small
+
+import flaxmnist as fm
+from flaxmnist.errors import UserError
+from flaxmnist.sweeps.ensembles import evaluate_ensemble, score
+from flaxmnist.sweeps.folder import load_trials
+from flaxmnist.sweeps.runner import run_sweep
+
+
+@pytest.fixture(scope="module")
+def saved_sweep(few, tmp_path_factory):
+    """A sweep of two experiments with two learning rates each, and its folder."""
+    folder = tmp_path_factory.mktemp("sweep")
+    experiments = [(small("mlp", evaluate_every=5), few), (replace(small(evaluate_every=5), name="other"), few)]
+    settings = [{"optimizer.learning_rate": rate} for rate in (0.01, 0.1)]
+    return run_sweep(experiments, [0, 1, 2], settings, devices=1, workdir=folder), folder
+
+
+def test_trials_load_from_the_folder(saved_sweep, few):
+    sweep, folder = saved_sweep
+    loaded = load_trials(folder)
+    assert [trial for trial, _ in loaded] == sweep.members
+    for trial, model in loaded[::5]:
+        assert fm.evaluate(model, *few.test).accuracy == trial.test_accuracy
+
+
+def test_ensemble_averages_probabilities(saved_sweep, digits):
+    sweep, folder = saved_sweep
+    best = sweep.result.best
+    models = [
+        model
+        for trial, model in load_trials(folder)
+        if (trial.experiment, trial.fields) == (best.experiment, best.fields)
+    ]
+    ensemble = evaluate_ensemble(folder, 2)
+    mean = np.mean([fm.predict(model, digits.test.images)[1] for model in models[:2]], axis=0)
+    assert ensemble.together.accuracy == (mean.argmax(1) == digits.test.labels).mean()
+    assert ensemble.together == score(mean, digits.test.labels)
+    assert len(ensemble.members) == 2
+    assert ensemble.count == 360
+    assert ensemble.setting == best.title
+    with pytest.raises(UserError, match="has 3 trials of its best setting"):
+        evaluate_ensemble(folder, 4)
+
+
+def test_sweep_without_a_best_setting_has_no_ensemble(few, tmp_path):
+    settings = [{"optimizer.learning_rate": rate} for rate in (0.01, 0.1)]
+    run_sweep([(small(steps=2), replace(few, validation=None))], [0], settings, devices=1, workdir=tmp_path)
+    with pytest.raises(UserError, match="has no best setting: an ensemble needs validation images"):
+        evaluate_ensemble(tmp_path, None)
+
+
+def test_best_setting_without_trials_is_refused(few, tmp_path):
+    """For instance, the parts were deleted."""
+    run_sweep([(small(steps=2), few)], [0], [{}], devices=1, workdir=tmp_path)
+    for part in (tmp_path / "parts").iterdir():
+        part.unlink()
+    with pytest.raises(UserError, match="has 0 trials of its best setting"):
+        evaluate_ensemble(tmp_path, None)
