@@ -8,7 +8,7 @@ from flaxmnist.data.sets import Dataset, Split, load_data
 from flaxmnist.devices.evaluation import Evaluation, evaluate, predict
 from flaxmnist.runs import fit
 from flaxmnist.show import plots
-from flaxmnist.store.run import Run, load_run
+from flaxmnist.store.load import Run, load_run
 from flaxmnist.sweeps.results import Sweep
 from flaxmnist.sweeps.runner import sweep
 

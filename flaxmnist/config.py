@@ -147,6 +147,7 @@ class Exponential:
 Schedule = Flat | Cosine | OneCycle | Exponential
 
 # --- Optimizers -----------------------------------------------------------------------------------------------------
+# Each has a case in core.optim.make_optimizer. The fields that a sweep may trace are in sweeps.plan.TRACED.
 
 
 @dataclass(frozen=True, kw_only=True)

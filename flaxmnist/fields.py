@@ -142,7 +142,7 @@ def from_json(values: Any, kind: type[Content]) -> Content:
 
 
 def build(values: Any, field: FieldType, path: str) -> Any:
-    """Convert ``values`` from JSON to the tuples, dicts and dataclasses of ``field``, fields checked first."""
+    """Convert ``values`` from JSON to the tuples, dicts and dataclasses of ``field``, with checked fields."""
     if isinstance(values, list) and tuple in field.types and field.items:
         return tuple(build(value, field.items, f"{path}[{index}]") for index, value in enumerate(values))
     if isinstance(values, Mapping) and dict in field.types and field.items:

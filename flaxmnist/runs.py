@@ -1,5 +1,6 @@
 """One run, from config to result: ``fit`` and the training loop."""
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from flaxmnist.errors import Diverged, Stopped, UserError
 from flaxmnist.loop.advance import Pace, advance
 from flaxmnist.loop.conditions import is_due, next_due, stops_early
 from flaxmnist.loop.log import TrainingLog
+from flaxmnist.store.load import Run, load_run
 from flaxmnist.store.provenance import RunInfo
 from flaxmnist.store.result import Result
-from flaxmnist.store.run import Run, load_run
 from flaxmnist.store.run_folder import NoFolder, open_folder
 
 # Steps in a profiler trace, and warm-up steps before it.
@@ -68,6 +69,11 @@ def fit(
 ) -> Run:
     """Train and evaluate. Save everything in ``workdir``, or write nothing to disk if it is None.
 
+    ``resume`` continues a run in ``workdir``, if there is one: it restores the newest intact checkpoint and the records
+    up to it, or loads the run if it is finished. The config may differ only in length, intervals and reports, unless
+    ``allow_config_change`` is set. ``overwrite`` deletes the run. (``store.claim`` decides; ``store.run_folder``
+    restores and saves.)
+
     ``devices`` is the number of devices to use (None: all), ``backend`` how training is compiled for them, and
     ``model_parallel`` the number of devices that each dense kernel is split over. ``profile`` is a folder for a trace
     of a few steps after warm-up. ``experiment`` is the file that defines ``config``; its name goes into
@@ -91,7 +97,7 @@ def fit(
             with clock("compile"):
                 state = program.initial_state(config, data, mesh)
         epoch_length = order.steps_per_epoch(config, len(data.train.labels))
-        with TrainingLog(config, epoch_length, folder.records, int(state.step)) as log:
+        with contextlib.closing(TrainingLog(config, epoch_length, folder.records, int(state.step))) as log:
             session = Session(info, data, mesh, backend, folder, log, clock, stop, on_evaluation)
             try:
                 return finish(session, train(session, state, profile))

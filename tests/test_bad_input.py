@@ -30,12 +30,10 @@ from flaxmnist.errors import Stopped, UserError
 from flaxmnist.sweeps.ensembles import evaluate_ensemble
 from flaxmnist.sweeps.runner import run_sweep
 
-MORE = 20  # factor for the number of cases in the slow suite
 
-
-def cases(quick: int):
-    """Parametrize a test with ``count``: ``quick`` cases, and MORE times as many in the slow suite."""
-    return pytest.mark.parametrize("count", [quick, pytest.param(MORE * quick, marks=pytest.mark.slow)])
+def cases(quick: int, slow: int):
+    """Parametrize a test with ``count``: that many cases in the quick and in the slow suite."""
+    return pytest.mark.parametrize("count", [quick, pytest.param(slow, marks=pytest.mark.slow)])
 
 
 def try_all(count: int, strategy, check) -> None:
@@ -103,7 +101,7 @@ def changed(draw, config: Config) -> dict:
     return tree
 
 
-@cases(150)
+@cases(150, 3000)
 def test_configs(count, digits):
     mesh = parallel.make_mesh(1)
 
@@ -117,7 +115,7 @@ def test_configs(count, digits):
 SOURCE = (ROOT / "experiments/quickstart.py").read_bytes()
 
 
-@cases(100)
+@cases(100, 2000)
 def test_experiment_files(count, tmp_path):
     path = tmp_path / "experiment.py"
 
@@ -135,7 +133,7 @@ IMAGES = struct.pack(">HBB3I", 0, 8, 3, 12, 9, 8) + bytes(12 * 72)
 BOMB = gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2000, 28, 28) + bytes(64 << 20))
 
 
-@cases(300)
+@cases(300, 6000)
 def test_idx_files(count, tmp_path):
     path = tmp_path / "file"
 
@@ -146,7 +144,7 @@ def test_idx_files(count, tmp_path):
     try_all(count, damaged([LABELS, IMAGES, gzip.compress(LABELS), gzip.compress(IMAGES), BOMB]), check)
 
 
-@cases(100)
+@cases(100, 2000)
 def test_data_sets_of_four_files(count, tmp_path):
     names = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 
@@ -175,7 +173,7 @@ def pictures() -> list[bytes]:
     return contents
 
 
-@cases(120)
+@cases(120, 2400)
 def test_pictures(count, tmp_path):
     path = tmp_path / "digit.png"
 
@@ -194,7 +192,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@cases(15)
+@cases(5, 300)
 def test_run_folders(count, few, tmp_path):
     """With any file damaged or replaced, a run can be loaded and resumed, or is refused."""
     config = small(steps=4, checkpoint_every=2)
@@ -222,7 +220,7 @@ def test_run_folders(count, few, tmp_path):
     try_all(count, case, check)
 
 
-@cases(15)
+@cases(5, 300)
 def test_sweep_folders(count, few, tmp_path):
     def sweep(folder, **options):
         return run_sweep([(small(steps=2), few)], [0, 1], [{}], devices=1, workdir=folder, **options)
@@ -279,7 +277,7 @@ WORDS = [
 ]
 
 
-@cases(30)
+@cases(10, 600)
 def test_command_lines(count, tmp_path, monkeypatch, few):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.py").write_text(TINY)

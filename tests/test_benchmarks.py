@@ -82,7 +82,7 @@ def test_a_slow_first_step_does_not_shorten_the_timings(brief, monkeypatch):
 
 def test_full_runs_match_fit(brief, few):
     """The same seeds give exactly the same test accuracies as ``fit``."""
-    config = small("mlp", steps=30)
+    config = small(steps=30)
     result = benchmarks.full_runs(config, few, parallel.make_mesh(1), 2)
     runs = [fit(replace(config, seed=seed), few, devices=1).result.test_accuracy for seed in range(2)]
     assert result["test_accuracy"] == runs

@@ -11,7 +11,7 @@ from conftest import assert_same, fit_on_one, small
 import flaxmnist as fm
 from flaxmnist.errors import UserError
 from flaxmnist.store import manifest
-from flaxmnist.store.run import Run
+from flaxmnist.store.load import Run
 
 CONFIG = small("mlp", checkpoint_every=8, evaluate_every=8)
 

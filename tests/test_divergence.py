@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import assert_same, fit_on_one, small
+from conftest import assert_same, fit_on_one, slow, small
 
 import flaxmnist as fm
 from flaxmnist.config import SGD, Adam, Data, MLPConfig, Normal, Objective
@@ -73,8 +73,9 @@ def test_nonfinite_gradient_raises_diverged(allowed, message, few):
 
 def test_nonfinite_steps_can_be_skipped(with_nan_losses, fit_until, tmp_path, caplog):
     """The count of skipped steps continues if the run is stopped and resumed between them."""
-    config = small("mlp", optimizer=Adam(), data=IN_FILE_ORDER, evaluate_every=3, skip_nonfinite=2, ema_decay=0.9)
+    config = small(optimizer=Adam(), data=IN_FILE_ORDER, evaluate_every=3, skip_nonfinite=2, ema_decay=0.9)
     data = with_nan_losses(3, 4, 9)
+    caplog.set_level("WARNING", logger="flaxmnist")
     full = fit_on_one(config, data, tmp_path / "full")
     assert np.isfinite(fm.evaluate(full.model, *data.test).loss)
     skipped = [(record["step"], record["count"]) for record in full.history if record["split"] == "skipped"]
@@ -87,7 +88,7 @@ def test_nonfinite_steps_can_be_skipped(with_nan_losses, fit_until, tmp_path, ca
     assert (tmp_path / "stopped/metrics.jsonl").read_bytes() == (tmp_path / "full/metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("reason", ["loss", "gradient"])
+@pytest.mark.parametrize("reason", ["loss", slow("gradient")])
 def test_skipped_step_changes_nothing(reason, with_nan_losses):
     """After the last step, or after two steps that must be skipped from the start."""
     config = small("mlp", optimizer=Adam(), data=IN_FILE_ORDER, skip_nonfinite=2)

@@ -23,7 +23,7 @@ from flaxmnist.config import CNNConfig
 from flaxmnist.devices import evaluation
 from flaxmnist.errors import UserError
 from flaxmnist.store import exports
-from flaxmnist.store.run import evaluate_run, load_checkpoint
+from flaxmnist.store.load import evaluate_run, load_checkpoint
 
 # Rounding differences from another order of float32 sums, relative to the largest logit.
 TOLERANCE = 1e-5

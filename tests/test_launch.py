@@ -225,12 +225,13 @@ def test_print_config(experiment, tmp_path):
     assert not list(tmp_path.glob("runs*"))
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "export"])
-def test_help_exits_with_0(script):
-    helped = launch(script, "--help")
-    assert helped.returncode == 0
-    assert helped.stderr == ""
-    assert f"python launch/{script}.py" in helped.stdout
+@pytest.mark.parametrize("verb", ["train", "evaluate", "predict", "sweep", "report", "export", "benchmark"])
+def test_help_exits_with_0(verb, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"launch/{verb}.py", "--help"])
+    assert main(verb)(["--help"]) == 0
+    helped = capsys.readouterr()
+    assert helped.err == ""
+    assert f"python launch/{verb}.py" in helped.out
 
 
 def test_help_lists_fields_with_their_meaning_and_the_values_of_the_experiment(experiment):

@@ -11,6 +11,8 @@ from flax import nnx
 from flaxmnist import config
 from flaxmnist.core import layers
 
+KEY = jax.random.key(0)
+
 
 @pytest.mark.parametrize(
     ("size", "window", "padding", "stride", "expected"),
@@ -28,7 +30,7 @@ def test_output_size(size, window, padding, stride, expected):
     assert layers.output_size(size, window, padding, stride) == expected
 
 
-def assert_gradients_match_lax(x, kernel, padding, stride, key):
+def assert_gradients_match_lax(x, kernel, padding, stride, normal):
     """Compare a convolution with jax's own bitwise, and its gradients with jax's up to rounding."""
     layout = ("NHWC", "HWIO", "NHWC")
 
@@ -40,7 +42,7 @@ def assert_gradients_match_lax(x, kernel, padding, stride, key):
     side = layers.output_size(x.shape[1], kernel.shape[0], padding, stride)
     assert actual.shape == (len(x), side, side, kernel.shape[3])
     np.testing.assert_array_equal(actual, expected)
-    dy = jax.random.normal(key, actual.shape)
+    dy = normal(*actual.shape)
     for gradient, expected_gradient in zip(actual_vjp(dy), expected_vjp(dy), strict=True):
         np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
 
@@ -49,21 +51,21 @@ def assert_gradients_match_lax(x, kernel, padding, stride, key):
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("window", [1, 2, 3, 5])
 @pytest.mark.parametrize("size", [7, 8])
-def test_convolve_and_its_gradients_match_lax(size, window, padding, stride, getkey):
-    x, kernel = jax.random.normal(getkey(), (3, size, size, 2)), jax.random.normal(getkey(), (window, window, 2, 4))
-    assert_gradients_match_lax(x, kernel, padding, stride, getkey())
+def test_convolve_and_its_gradients_match_lax(size, window, padding, stride, normal):
+    x, kernel = normal(3, size, size, 2), normal(window, window, 2, 4)
+    assert_gradients_match_lax(x, kernel, padding, stride, normal)
 
 
 @pytest.mark.parametrize(("count", "padding", "stride"), [(10, "SAME", 1), (25, "SAME", 1), (111, "VALID", 2)])
-def test_gradients_of_large_batches_match_lax(count, padding, stride, getkey):
+def test_gradients_of_large_batches_match_lax(count, padding, stride, normal):
     """On CPU the kernel gradient is summed in groups of images, on accelerators at once, as for 10 images here."""
-    x, kernel = jax.random.normal(getkey(), (count, 8, 8, 2)), jax.random.normal(getkey(), (3, 3, 2, 4))
-    assert_gradients_match_lax(x, kernel, padding, stride, getkey())
+    x, kernel = normal(count, 8, 8, 2), normal(3, 3, 2, 4)
+    assert_gradients_match_lax(x, kernel, padding, stride, normal)
 
 
-def test_pooling_before_and_after_the_bias_are_identical(getkey):
+def test_pooling_before_and_after_the_bias_are_identical(normal):
     conv = layers.Conv(2, 3, 3, bias_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(0))
-    x = jax.random.normal(getkey(), (2, 7, 7, 2))
+    x = normal(2, 7, 7, 2)
     np.testing.assert_array_equal(conv(x, pool=True), layers.max_pool(conv(x)))
 
 
@@ -76,7 +78,7 @@ def test_space_to_depth_turns_each_block_into_one_pixel():
     np.testing.assert_array_equal(layers.space_to_depth(image, 1), image)
 
 
-def test_kernel_gradient_counts_every_image_once(getkey):
+def test_kernel_gradient_counts_every_image_once():
     """The kernel gradient is summed in groups, which need not divide the batch."""
     kernel = jnp.zeros((3, 3, 1, 1))
     for count in (1, 9, 10, 11, 23):
@@ -85,8 +87,8 @@ def test_kernel_gradient_counts_every_image_once(getkey):
 
 
 @pytest.mark.parametrize("side", [4, 5, 7])
-def test_max_pool_returns_the_maximum_of_each_block(side, getkey):
-    x = jax.random.normal(getkey(), (2, side, side, 3))
+def test_max_pool_returns_the_maximum_of_each_block(side, normal):
+    x = normal(2, side, side, 3)
     pooled = layers.max_pool(x)
     half = -(-side // 2)
     assert pooled.shape == (2, half, half, 3)
@@ -95,18 +97,18 @@ def test_max_pool_returns_the_maximum_of_each_block(side, getkey):
         np.testing.assert_array_equal(pooled[:, i, j], block.max(axis=(1, 2)))
 
 
-def test_dropout_keeps_the_mean_and_drops_the_given_fraction(getkey):
+def test_dropout_keeps_the_mean_and_drops_the_given_fraction():
     x = jnp.ones((200, 500))
-    dropped = layers.dropout(x, 0.4, getkey())
+    dropped = layers.dropout(x, 0.4, KEY)
     assert abs(float((dropped == 0).mean()) - 0.4) < 0.01
     assert set(np.unique(dropped)) == {0, np.float32(1 / np.float32(0.6))}
     assert abs(float(dropped.mean()) - 1) < 0.01
 
 
-def test_dropout_accepts_a_traced_rate(getkey):
-    key, x = getkey(), jnp.ones((20, 20))
+def test_dropout_accepts_a_traced_rate():
+    x = jnp.ones((20, 20))
     np.testing.assert_array_equal(
-        jax.jit(lambda rate: layers.dropout(x, rate, key))(0.25), layers.dropout(x, 0.25, key)
+        jax.jit(lambda rate: layers.dropout(x, rate, KEY))(0.25), layers.dropout(x, 0.25, KEY)
     )
 
 
@@ -121,18 +123,18 @@ def test_dropout_accepts_a_traced_rate(getkey):
         (config.LeCun(2.0), 0, 2 / 400**0.5, -2 * 2 / 400**0.5 / 0.8796, 2 * 2 / 400**0.5 / 0.8796),
     ],
 )
-def test_initial_values(initial, mean, stddev, low, high, getkey):
-    values = np.asarray(layers.initializer(initial)(getkey(), (400, 300), jnp.float32))
+def test_initial_values(initial, mean, stddev, low, high):
+    values = np.asarray(layers.initializer(initial)(KEY, (400, 300), jnp.float32))
     assert abs(values.mean() - mean) < 0.02 * max(stddev, 1e-3)
     assert abs(values.std() - stddev) < 0.01 * max(stddev, 1e-3)
     assert low - 1e-6 <= values.min()
     assert values.max() <= high + 1e-6
 
 
-def test_dense_multiplies_and_adds(getkey):
+def test_dense_multiplies_and_adds(normal):
     layer = layers.Dense(3, 2, rngs=nnx.Rngs(0))
     assert layer.kernel.shape == (2, 3)
-    x = jax.random.normal(getkey(), (4, 3))
+    x = normal(4, 3)
     expected = [[sum(float(x[b, i]) * float(layer.kernel[o, i]) for i in range(3)) for o in range(2)] for b in range(4)]
     np.testing.assert_allclose(layer(x), np.array(expected), rtol=1e-5)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MODELS
+from conftest import MODELS, slow
 from flax import nnx
 
 import flaxmnist as fm
@@ -18,9 +18,9 @@ from flaxmnist.errors import UserError
 
 
 @pytest.mark.parametrize("model", [fm.Softmax, fm.MLP, fm.CNN])
-def test_modules_work_without_a_config(model, getkey):
+def test_modules_work_without_a_config(model, few):
     """As in a notebook: created with a seed, called on uint8 or float images."""
-    images = jax.random.randint(getkey(), (3, 28, 28, 1), 0, 256).astype(jnp.uint8)
+    images = jnp.asarray(few.test.images[:3])
     logits = model(rngs=nnx.Rngs(0))(images)
     assert logits.shape == (3, 10)
     np.testing.assert_allclose(model(rngs=nnx.Rngs(0))(images / 255), logits, rtol=1e-5, atol=1e-5)
@@ -32,7 +32,7 @@ OTHER_CNNS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "classes"), [((28, 28), 10), ((20, 31), 47)])
+@pytest.mark.parametrize(("shape", "classes"), [slow((28, 28), 10), ((20, 31), 47)])
 @pytest.mark.parametrize("model", [*MODELS.values(), *OTHER_CNNS])
 def test_models_accept_any_shape_and_number_of_classes(model, shape, classes):
     network = models.make_model(model, shape, classes, nnx.Rngs(0))
@@ -45,9 +45,9 @@ def test_cnn_without_pixels_left_is_rejected():
         models.make_model(config.CNNConfig(features=(2, 2, 2), padding="VALID"), (28, 28), 10, nnx.Rngs(0))
 
 
-def test_mlp_matches_its_formula(getkey):
+def test_mlp_matches_its_formula(few):
     network = fm.MLP(hidden=(20, 30), rngs=nnx.Rngs(0))
-    images = jax.random.uniform(getkey(), (4, 28, 28, 1))
+    images = jnp.asarray(few.test.images[:4]) / 255
     x = images.reshape(4, 784)
     for layer in network.layers[:-1]:
         x = jnp.maximum(x @ layer.kernel[...].T + layer.bias[None, :], 0)
@@ -58,7 +58,7 @@ def test_mlp_matches_its_formula(getkey):
 @pytest.mark.parametrize(
     "network", [fm.Softmax, fm.MLP, partial(fm.CNN, space_to_depth=2, features=(4,), kernel=(3,), padding="VALID")]
 )
-def test_first_weights_are_the_factors_of_the_pixels(network, getkey):
+def test_first_weights_are_the_factors_of_the_pixels(network):
     """For an image of a single dot, each output is the weight at the position of the dot."""
     model = network(kernel_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
     weights = models.first_weights(model)
@@ -75,9 +75,9 @@ def test_first_weights_are_the_factors_of_the_pixels(network, getkey):
         np.testing.assert_allclose(layer(layers.flatten(dot))[0], weights[:, 3, 4], rtol=1e-6)
 
 
-def test_feature_maps_are_those_behind_the_logits(getkey):
+def test_feature_maps_are_those_behind_the_logits(few):
     network = fm.CNN(features=(2, 3), kernel=(3,), dense=8, rngs=nnx.Rngs(0))
-    images = jax.random.uniform(getkey(), (4, 28, 28, 1))
+    images = jnp.asarray(few.test.images[:4]) / 255
     first, second = network.feature_maps(images)
     assert first.shape == (4, 14, 14, 2) and second.shape == (4, 7, 7, 3)
     logits = network.logits(jax.nn.relu(network.dense(layers.flatten(second))))

@@ -36,7 +36,7 @@ def assert_close(run, expected, atol) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("model", ["softmax", "mlp", slow("cnn")])
+@pytest.mark.parametrize("model", ["softmax", slow("mlp"), slow("cnn")])
 @pytest.mark.parametrize(
     ("backend", "devices"), [slow("jit", 2), slow("jit", 4), ("jit", 8), ("pmap", 4), slow("pmap", 8)]
 )

@@ -12,7 +12,7 @@ import flaxmnist as fm
 from flaxmnist.config import Adam
 from flaxmnist.core import models
 from flaxmnist.errors import UserError
-from flaxmnist.show import figures, plots
+from flaxmnist.show import canvas, plots
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_any_run_name_can_be_a_label(run):
     """Not parsed as mathematics, not too long, and not hidden from the legend because of a leading "_"."""
     names = ["a$^^$", "_hidden", "x" * 300, "日本語"]
     figure = plots.history(dict.fromkeys(names, run))
-    assert figures.png(figure).startswith(b"\x89PNG")
+    assert canvas.png(figure).startswith(b"\x89PNG")
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 2 * len(names)
     assert all(len(text.get_text()) < 60 for text in legend.get_texts())

@@ -59,6 +59,7 @@ def test_members_and_groups_are_rows_for_pandas(sweep):
     assert groups["mean"].tolist() == [members["validation_accuracy"][rows].mean() for rows in ([0, 1, 2], [3, 4, 5])]
 
 
+@pytest.mark.slow
 def test_several_experiments_in_figures_with_labelled_axes(few):
     experiments = [(small("mlp", evaluate_every=5), few), (replace(small(evaluate_every=5), name="other"), few)]
     settings = [{"optimizer.learning_rate": rate} for rate in (0.01, 0.1)]

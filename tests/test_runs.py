@@ -14,7 +14,7 @@ from flaxmnist import console
 from flaxmnist.config import SGD, Adam, Data
 from flaxmnist.data import order
 from flaxmnist.errors import UserError
-from flaxmnist.store.run import evaluate_run
+from flaxmnist.store.load import evaluate_run
 
 
 def test_run_without_folder_writes_nothing(few, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import flaxmnist as fm
 from flaxmnist.config import Adam, CNNConfig, Config, Data, Train
 from flaxmnist.show import reports
 from flaxmnist.store import exports
-from flaxmnist.store.run import evaluate_run, load_checkpoint
+from flaxmnist.store.load import evaluate_run, load_checkpoint
 from flaxmnist.sweeps.ensembles import evaluate_ensemble
 from flaxmnist.sweeps.folder import load_sweep
 from flaxmnist.sweeps.runner import run_sweep
@@ -111,6 +111,7 @@ def test_sweep_loads(copy, digits):
     assert result(folder.name, folder.parent) == result("sweep_finished")
 
 
+@pytest.mark.slow
 def test_stopped_sweep_resumes_to_the_same_results(copy, digits, caplog):
     """A stopped sweep ends with the trials and curves of the sweep that was not stopped."""
     caplog.set_level("INFO", logger="flaxmnist")

@@ -1,13 +1,12 @@
 """One step, and the program of many steps, as pure functions."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MODELS, assert_same, small
+from conftest import MODELS, assert_same, slow, small
 from flax import nnx
 
 import flaxmnist as fm
@@ -15,6 +14,9 @@ from flaxmnist.config import SGD, Adam, Augment, Config, Data, Objective
 from flaxmnist.core import steps
 from flaxmnist.core.state import Batch, Metrics, TrainState
 from flaxmnist.data import order
+
+create_state = jax.jit(steps.create_state, static_argnums=(0, 1, 2))
+train_step, train_steps = jax.jit(steps.train_step, static_argnums=0), jax.jit(steps.train_steps, static_argnums=0)
 
 
 def make_batch(data, size: int, padding: int = 0) -> Batch:
@@ -26,20 +28,19 @@ def make_batch(data, size: int, padding: int = 0) -> Batch:
 def run(config: Config, data, stops: list[int], capacity: int) -> tuple[TrainState, list[Metrics]]:
     """Train in chunks that end at the steps ``stops``; return the final state and the metrics of each chunk."""
     images, labels = map(jnp.asarray, data.train)
-    program = jax.jit(partial(steps.train_steps, config))
-    state, chunks = steps.create_state(config, (28, 28), 10), []
+    state, chunks = create_state(config, (28, 28), 10), []
     for start, stop in zip([0, *stops], stops, strict=False):
         indices = np.zeros((capacity, config.train.batch_size), np.int32)
         indices[: stop - start] = order.batch_indices(config, len(labels), start, stop)
-        state, metrics = program(state, images, labels, indices, np.int32(stop - start))
+        state, metrics = train_steps(config, state, images, labels, indices, np.int32(stop - start))
         chunks.append(jax.tree.map(lambda values, count=stop - start: values[:count], metrics))
     return state, chunks
 
 
-@pytest.mark.parametrize("model", ["softmax", "mlp", pytest.param("cnn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["softmax", slow("mlp"), slow("cnn")])
 def test_step_updates_by_the_gradient_of_the_mean_loss(model, few):
     config = small(model, optimizer=SGD(learning_rate=0.5))
-    state = steps.create_state(config, (28, 28), 10)
+    state = create_state(config, (28, 28), 10)
     batch = make_batch(few, 16)
 
     def loss(params):
@@ -47,7 +48,7 @@ def test_step_updates_by_the_gradient_of_the_mean_loss(model, few):
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), batch.labels[:, None], 1))
 
     value, gradient = jax.value_and_grad(loss)(state.params)
-    new_state, metrics = steps.train_step(config, state, batch)
+    new_state, metrics = train_step(config, state, batch)
     np.testing.assert_allclose(metrics.batch.loss / metrics.batch.images, value, rtol=1e-5)
     expected = jax.tree.map(lambda p, g: p - 0.5 * g, state.params, gradient)
     for new, wanted in zip(jax.tree.leaves(new_state.params), jax.tree.leaves(expected), strict=True):
@@ -57,9 +58,9 @@ def test_step_updates_by_the_gradient_of_the_mean_loss(model, few):
 
 def test_padding_does_not_count(few):
     config = small("mlp")
-    state = steps.create_state(config, (28, 28), 10)
-    short = steps.train_step(config, state, make_batch(few, 11))
-    padded = steps.train_step(config, state, make_batch(few, 11, padding=5))
+    state = create_state(config, (28, 28), 10)
+    short = train_step(config, state, make_batch(few, 11))
+    padded = train_step(config, state, make_batch(few, 11, padding=5))
     assert padded[1].batch.images == 11
     for a, b in zip(jax.tree.leaves(short), jax.tree.leaves(padded), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
@@ -69,12 +70,12 @@ def test_padding_with_infinite_loss_does_not_affect_the_gradient(few):
     """Padding is computed on image 0, whose cost as written is infinite here."""
     objective = Objective(labels="one_hot", form="probabilities")
     config = replace(small(), objective=objective)
-    state = steps.create_state(config, (28, 28), 10)
+    state = create_state(config, (28, 28), 10)
     images = jnp.concatenate([jnp.full((1, 28, 28, 1), 255, jnp.uint8), jnp.zeros((3, 28, 28, 1), jnp.uint8)])
     dense = state.params["dense"]
     state = replace(state, params={"dense": dense | {"kernel": dense["kernel"].at[1].set(1.0)}})
     batch = steps.take_batch(images, jnp.zeros(4, jnp.int32), jnp.array([1, 2, -1], jnp.int32))
-    new_state, _ = steps.train_step(config, state, batch)
+    new_state, _ = train_step(config, state, batch)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new_state.params))
 
 
@@ -82,7 +83,7 @@ def test_padding_with_infinite_loss_does_not_affect_the_gradient(few):
     "config",
     [
         small("softmax"),
-        small("cnn", optimizer=Adam(), data=Data(name="digits", augment=Augment(shift=2)), ema_decay=0.9),
+        slow(small("cnn", optimizer=Adam(), data=Data(name="digits", augment=Augment(shift=2)), ema_decay=0.9)),
         replace(small("mlp", optimizer=SGD(momentum=0.9, accumulate=3)), model=replace(MODELS["mlp"], dropout=0.3)),
     ],
     ids=["softmax", "cnn", "mlp"],
@@ -118,12 +119,12 @@ def test_streams_and_steps_have_different_keys():
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
 
 
-@pytest.mark.parametrize("name", ["softmax", "mlp", pytest.param("cnn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["softmax", slow("mlp"), slow("cnn")])
 def test_bfloat16_agrees_with_float32_up_to_rounding(name, few):
     """Logits agree to 2 %. Parameters stay float32, so that small updates are not lost."""
     config = small(name)
     half = replace(config, train=replace(config.train, compute_dtype="bfloat16"))
-    state, images = steps.create_state(config, (28, 28), 10), jnp.asarray(few.train.images[:8])
+    state, images = create_state(config, (28, 28), 10), jnp.asarray(few.train.images[:8])
     state = replace(state, params=jax.tree.map(lambda leaf: leaf + 0.01, state.params))
     exact, rounded = (steps.train_logits(c, state.graphdef, state.params, images, 0) for c in (config, half))
     assert rounded.dtype == jnp.float32
@@ -134,7 +135,7 @@ def test_bfloat16_agrees_with_float32_up_to_rounding(name, few):
 
 def test_dropout_depends_on_step_and_seed(few):
     config = replace(small("mlp"), model=replace(MODELS["mlp"], dropout=0.5))
-    state, images = steps.create_state(config, (28, 28), 10), jnp.asarray(few.train.images[:4])
+    state, images = create_state(config, (28, 28), 10), jnp.asarray(few.train.images[:4])
     logits = [
         steps.train_logits(replace(config, seed=seed), state.graphdef, state.params, images, step).tolist()
         for seed in (0, 1)
@@ -162,7 +163,7 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", [slow(name) if "cnn" in name else name for name in GOLDEN])
 def test_golden_first_steps(name, digits):
     """Losses of the first two steps on the digits. A change affects every result: document it and why."""
     experiment = order.resolve_length(fm.load_experiment(name), len(digits.train.labels))

@@ -5,19 +5,16 @@ import shutil
 import threading
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from conftest import ROOT, assert_same, small
+from conftest import assert_same, small
 
 from flaxmnist.config import Adam
 from flaxmnist.data.sets import Dataset, Split
 from flaxmnist.errors import Stopped, UserError
-from flaxmnist.store.files import read_arrays, read_json
-from flaxmnist.sweeps.folder import load_sweep, load_trials
-from flaxmnist.sweeps.results import SweepInfo
+from flaxmnist.store.files import read_arrays
+from flaxmnist.sweeps import folder as sweep_folder
+from flaxmnist.sweeps.folder import load_trials
 from flaxmnist.sweeps.runner import run_sweep
-
-SAMPLES = ROOT / "tests/samples"
 
 
 class Watched(Split):
@@ -105,18 +102,36 @@ def test_unfinished_trials_resume_from_their_last_step(exact, few, tmp_path, cap
     assert not (tmp_path / "stopped/unfinished.npz").exists()
 
 
+def fail_at(last: int):
+    """Return a hook that raises RuntimeError at the evaluation ``last``."""
+
+    def hook(count: int) -> None:
+        if count == last:
+            raise RuntimeError(f"evaluation {count}")
+
+    return hook
+
+
 def test_finished_trials_are_saved_if_the_sweep_fails(few, tmp_path):
     data, _, test = watched(few)
-
-    def fail(count):
-        if count == 2:
-            raise RuntimeError("the second trial")
-
-    test.hook = fail
-    with pytest.raises(RuntimeError, match="the second trial"):
+    test.hook = fail_at(2)
+    with pytest.raises(RuntimeError, match="evaluation 2"):
         run_sweep([(small(steps=2), data)], [0, 1], [{}], devices=1, workdir=tmp_path)
     assert [trial.seed for trial, _ in load_trials(tmp_path)] == [0]
     assert not (tmp_path / "lock").exists()
+
+
+def test_unfinished_trials_are_saved_at_intervals(few, tmp_path, monkeypatch):
+    """The failed sweep has saved step 3 but not step 6."""
+    monkeypatch.setattr(sweep_folder, "SAVE_SECONDS", 0.0)
+    config, (data, validation, _) = small(steps=9, evaluate_every=3), watched(few)
+    validation.hook = fail_at(2)
+    with pytest.raises(RuntimeError, match="evaluation 2"):
+        run_sweep([(config, data)], [0], [{}], devices=1, workdir=tmp_path)
+    data, validation, _ = watched(few)
+    resumed = run_sweep([(config, data)], [0], [{}], devices=1, workdir=tmp_path, resume=True)
+    assert validation.evaluations == 2
+    assert resumed.curves["step"][resumed.curves["validation"]].tolist() == [3, 6, 9]
 
 
 def test_other_folders_are_not_changed(few, tmp_path):
@@ -149,36 +164,3 @@ def test_trials_of_a_damaged_part_are_trained_again(damage, few, tmp_path, caplo
     assert sweep(resume=True).members == full.members
     assert f"{part.name} is damaged" in caplog.text
     assert len(load_trials(tmp_path)) == 1
-
-
-# --- Folders of the first version -----------------------------------------------------------------------------------
-
-
-def test_finished_sweep_of_the_first_version_loads(digits, tmp_path):
-    folder = shutil.copytree(SAMPLES / "sweep_finished", tmp_path / "sweep")
-    sweep = load_sweep(folder)
-    assert [trial for trial, _ in load_trials(folder)] == sweep.members
-    before = {name: json.loads((folder / name).read_text()) for name in ("sweep.json", "result.json")}
-    info, (data, validation, test) = read_json(folder / "sweep.json", SweepInfo), watched(digits)
-    options = {"devices": 1, "workdir": folder, "resume": True}
-    run_sweep([(info.experiments[0], data)], info.seeds, info.settings, **options)
-    assert (validation.evaluations, test.evaluations) == (0, 0), "nothing is trained again"
-    after = {name: json.loads((folder / name).read_text()) for name in before}
-    for content in (before, after):
-        del content["sweep.json"]["versions"], content["sweep.json"]["devices"]
-    assert after == before
-    np.testing.assert_array_equal(read_arrays(folder / "curves.npz")["loss"], sweep.curves["loss"])
-
-
-@pytest.mark.slow
-def test_stopped_sweep_of_the_first_version_resumes(digits, tmp_path, caplog):
-    caplog.set_level("INFO", logger="flaxmnist")
-    folder = shutil.copytree(SAMPLES / "sweep_stopped", tmp_path / "sweep")
-    info = read_json(folder / "sweep.json", SweepInfo)
-    options = {"devices": 1, "workdir": folder, "resume": True}
-    resumed = run_sweep([(info.experiments[0], digits)], info.seeds, info.settings, **options)
-    assert "resuming 1 unfinished trials" in caplog.text
-    for trial, expected in zip(resumed.members, load_sweep(SAMPLES / "sweep_finished").members, strict=True):
-        assert (trial.setting, trial.seed) == (expected.setting, expected.seed)
-        # Other processors round differently.
-        assert trial.test_loss == pytest.approx(expected.test_loss, rel=0.05)

@@ -11,7 +11,7 @@ from flax import nnx
 from sklearn.metrics import precision_recall_fscore_support
 
 import flaxmnist as fm
-from flaxmnist.config import MLPConfig
+from flaxmnist.config import Constant, MLPConfig
 from flaxmnist.devices import evaluation
 from flaxmnist.show import text
 from flaxmnist.sweeps.ensembles import Ensemble, Scores
@@ -91,7 +91,7 @@ def test_the_summary_of_a_run_ends_with_commands_to_try_next(run):
 
 
 def test_the_parameters_of_a_deep_network_are_cut_in_the_middle(few):
-    deep = fm.fit(small(MLPConfig(hidden=(4,) * 20), steps=1), few, devices=1)
+    deep = fm.fit(small(MLPConfig(hidden=(4,) * 20, kernel_init=Constant(0.1)), steps=1), few, devices=1)
     summary = text.run_summary(deep, Path("run"), None, str).splitlines()
     table = summary[summary.index("…") - 15 : summary.index("…") + 15]
     assert table[0].startswith("parameter ") and table[-1].startswith("all ")

@@ -85,10 +85,8 @@ VARIED = {
     ),
 }
 
-QUICK = {"learning rate", "b1"}
 
-
-@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in VARIED])
+@pytest.mark.parametrize("name", ["b1", *(slow(name) for name in VARIED if name != "b1")])
 def test_vectorised_trials_equal_single_runs_up_to_rounding(name, few):
     """The losses of 50 steps differ by at most 1e-5, relative, and there is only one program.
 
@@ -108,7 +106,7 @@ def test_vectorised_trials_equal_single_runs_up_to_rounding(name, few):
         np.testing.assert_allclose(losses, loss_of(run), rtol=1e-5)
 
 
-@pytest.mark.parametrize("share_order", [False, True])
+@pytest.mark.parametrize("share_order", [False, slow(True)])
 def test_trials_are_distributed_over_devices(share_order, few):
     """Five trials on two devices need three sequential blocks of two, or one block of six with padding."""
     config = small("mlp", steps=8)
@@ -121,7 +119,7 @@ def test_trials_are_distributed_over_devices(share_order, few):
 
 
 def test_shared_order_is_that_of_the_first_seed(few):
-    config = small("mlp", steps=12)
+    config = small(steps=12)
     sweep = fm.sweep(config, few, seeds=[3, 4], share_order=True, devices=1)
     for trial, seed in enumerate([3, 4]):
         run = fit_on_one(replace(config, seed=seed, data=replace(config.data, order_seed=3)), few)

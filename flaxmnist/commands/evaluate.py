@@ -12,7 +12,7 @@ from flaxmnist.devices import program
 from flaxmnist.errors import UserError, exit_code
 from flaxmnist.show import text
 from flaxmnist.store import exports
-from flaxmnist.store.run import evaluate_run
+from flaxmnist.store.load import evaluate_run
 from flaxmnist.sweeps import ensembles
 
 

@@ -8,7 +8,7 @@ import tyro
 from flaxmnist.commands import command
 from flaxmnist.errors import exit_code
 from flaxmnist.store import exports
-from flaxmnist.store.run import load_checkpoint
+from flaxmnist.store.load import load_checkpoint
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import tyro
 from flaxmnist.commands import command
 from flaxmnist.devices import program
 from flaxmnist.errors import exit_code
-from flaxmnist.show import figures, plots, text
-from flaxmnist.store.run import predict_files
+from flaxmnist.show import canvas, plots, text
+from flaxmnist.store.load import predict_files
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def predict(arguments: Arguments) -> None:
     program.use_compilation_cache()
     predictions = predict_files(arguments.workdir, arguments.images, arguments.step)
     if arguments.plot is not None:
-        figures.save(plots.predictions(predictions), arguments.plot)
+        canvas.save(plots.predictions(predictions), arguments.plot)
     for file, image, predicted, probabilities in predictions:
         if arguments.json:
             print(json.dumps({"file": str(file), "class": predicted, "probabilities": probabilities.tolist()}))

@@ -1,4 +1,7 @@
-"""Optax optimizers and schedules from a config."""
+"""Optax optimizers and schedules from a config.
+
+Its numbers may be traced in a sweep; ``fields.is_zero`` compares them.
+"""
 
 from typing import Any
 

@@ -1,6 +1,7 @@
 """The order of the training images: a pure function of the config and the step.
 
-No state is carried between steps, so a run can resume in the middle of an epoch with nothing to restore.
+This module has only the indices of the images; the compiled program gathers them, in ``core.steps.take_batch``. No
+state is carried between steps, so a run can resume in the middle of an epoch with nothing to restore.
 """
 
 import functools

@@ -27,15 +27,13 @@ class Evaluation:
     confusion: Int[np.ndarray, "classes classes"]  # images by true class (row) and prediction (column)
 
 
+@partial(jax.jit, static_argnums=0)
 def forward(
     graphdef: nnx.GraphDef, params: Any, images: Images, indices: Int32[Array, "k m"]
 ) -> Float[Array, "k m classes"]:
     """Return the logits of the images at ``indices``, in batches of ``m``."""
     model = nnx.merge(graphdef, params)
     return jax.lax.map(lambda rows: model(images[rows]), indices)
-
-
-_forward = partial(jax.jit, static_argnums=0)(forward)
 
 
 def predict_logits(model: nnx.Module, images: Images) -> Float[np.ndarray, "n classes"]:
@@ -52,7 +50,7 @@ def predict_logits(model: nnx.Module, images: Images) -> Float[np.ndarray, "n cl
     if mesh is not None:
         images = parallel.put(images, parallel.replicated(mesh))
         indices = parallel.put(indices, parallel.sharded(mesh, None, parallel.BATCH))
-    logits = _forward(graphdef, params, images, indices)
+    logits = forward(graphdef, params, images, indices)
     if mesh is not None:
         logits = parallel.gather(logits, mesh)
     return np.asarray(logits).reshape(indices.size, -1)[: len(images)]

@@ -1,4 +1,4 @@
-"""Signals that stop a run."""
+"""Signals that stop a run: ``runs.train`` then saves a checkpoint and raises Stopped, exit code 75."""
 
 import contextlib
 import os

@@ -20,10 +20,7 @@ class TrainingLog:
         self.train, self.epoch_length, self.records = config.train, epoch_length, records
         self.progress = Progress(config.train.length, step, config.train.batch_size)
 
-    def __enter__(self) -> "TrainingLog":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
         self.progress.close()
 
     def chunk(self, start: int, count: int, metrics: Metrics) -> None:

@@ -12,7 +12,7 @@ from flaxmnist.core.layers import Images
 from flaxmnist.core.pictures import MAX_TILES, class_fractions, sheet
 from flaxmnist.devices import evaluation
 from flaxmnist.errors import UserError
-from flaxmnist.show.figures import (
+from flaxmnist.show.canvas import (
     COLOURS,
     DIVERGING_CMAP,
     IMAGE_CMAP,
@@ -26,7 +26,7 @@ from flaxmnist.show.figures import (
     shorten,
     tile_axes,
 )
-from flaxmnist.store.run import FilePrediction, Run
+from flaxmnist.store.load import FilePrediction, Run
 from flaxmnist.sweeps.results import Sweep
 from flaxmnist.sweeps.statistics import summarise, wilson
 
@@ -71,10 +71,10 @@ def values(images: Images) -> "Figure":
     else:
         counts, edges = np.histogram(pixels, 256)
     axes.stairs(counts / len(pixels), edges, fill=True, color=COLOURS[0])
-    count, height, width = images.shape[:3]
-    low, high, mean = pixels.min(), pixels.max(), pixels.mean()
-    description = f"{count:,} images of {height}×{width} pixels, {images.dtype}"
-    axes.set_title(f"{description}: {low:.3g} to {high:.3g}, mean {mean:.3g}", fontsize=10)
+    count, height, width, _ = images.shape
+    title = f"{count:,} images of {height}×{width} pixels, {images.dtype}: "
+    title += f"{pixels.min():.3g} to {pixels.max():.3g}, mean {pixels.mean():.3g}"
+    axes.set_title(title, fontsize=10)
     return fig
 
 

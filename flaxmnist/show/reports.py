@@ -1,4 +1,4 @@
-"""HTML reports on a run, several runs, or a sweep, with the pictures also as files."""
+"""HTML reports on a run, several runs, or a sweep: which text and which ``plots`` they contain, and the page."""
 
 import base64
 import html
@@ -16,8 +16,8 @@ from flaxmnist.data.sets import Dataset, Split
 from flaxmnist.devices import evaluation
 from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.errors import UserError
-from flaxmnist.show import figures, plots, text
-from flaxmnist.store.run import Run, load_run, load_training_data
+from flaxmnist.show import canvas, plots, text
+from flaxmnist.store.load import Run, load_run, load_training_data
 from flaxmnist.sweeps.folder import load_sweep
 from flaxmnist.sweeps.results import Sweep
 
@@ -116,9 +116,8 @@ def prediction_pictures(
 
 
 def model_pictures(run: Run, data: Dataset) -> Iterator[Picture]:
-    height, width = run.data.shape
     try:
-        figure = plots.weights(run.model, (height, width))
+        figure = plots.weights(run.model, run.data.shape)
     except UserError:  # a custom model
         return
     is_softmax = isinstance(run.model, Softmax)
@@ -234,11 +233,11 @@ def save(title: str, sections: Iterable[Section], out: Path) -> tuple[Path, list
         if section.text:
             body.append(f"<pre>{html.escape(section.text)}</pre>")
         for name, caption, figure in section.pictures:
-            content, caption = figures.png(figure), html.escape(caption)
+            content, caption = canvas.png(figure), html.escape(caption)
             files.append(out / "plots" / f"{name}.png")
             write_bytes(files[-1], content)
             source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-            width = round(figures.DISPLAY_DPI * figure.get_figwidth())
+            width = round(canvas.DISPLAY_DPI * figure.get_figwidth())
             image = f'<img alt="{caption}" width="{width}" src="{source}">'
             body.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
     content = PAGE.format(title=html.escape(title), body="\n".join(body))

@@ -20,7 +20,7 @@ from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset
 from flaxmnist.devices import program
 from flaxmnist.devices.evaluation import Evaluation
-from flaxmnist.store.run import Run
+from flaxmnist.store.load import Run
 from flaxmnist.sweeps.ensembles import Ensemble
 from flaxmnist.sweeps.results import Sweep
 from flaxmnist.sweeps.statistics import summarise

@@ -30,7 +30,7 @@ from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset, load_data
 from flaxmnist.devices import evaluation, parallel, program
 from flaxmnist.loop.advance import Pace, advance
-from flaxmnist.show import figures, text
+from flaxmnist.show import canvas, text
 from flaxmnist.speed import torch_peer
 from flaxmnist.store.provenance import versions
 from flaxmnist.store.result import peak_memory
@@ -205,18 +205,18 @@ def draw(results: list[Row], path: Path) -> None:
     """Write a bar chart of the images per second of each experiment and its peers to ``path``."""
     speeds = [{"flaxmnist": item["steps_per_second"]} | item.get("peer_steps_per_second", {}) for item in results]
     names, title = list(dict.fromkeys(name for speed in speeds for name in speed)), results[0]["device"]
-    figure, axes = figures.plot(
+    figure, axes = canvas.plot(
         1.5 + 1.4 * len(results), 4, ylabel="training images per second", yscale="log", title=title
     )
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         heights = [item["batch_size"] * speed.get(name, np.nan) for item, speed in zip(results, speeds, strict=True)]
         positions = np.arange(len(results)) + (i - (len(names) - 1) / 2) * width
-        bars = axes.bar(positions, heights, width, label=name, color=figures.COLOURS[i])
+        bars = axes.bar(positions, heights, width, label=name, color=canvas.COLOURS[i])
         axes.bar_label(bars, fmt="{:,.0f}", fontsize=7)
     axes.set_xticks(range(len(results)), [result["name"] for result in results])
     figure.legend(loc="outside lower center")
-    figures.save(figure, path)
+    canvas.save(figure, path)
 
 
 def matrix_rate() -> float:

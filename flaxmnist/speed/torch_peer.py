@@ -15,18 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from flaxmnist.config import (
-    SGD,
-    Adam,
-    CNNConfig,
-    Config,
-    MLPConfig,
-    Model,
-    Muon,
-    Optimizer,
-    SoftmaxConfig,
-    load_experiment,
-)
+from flaxmnist import config as configs
+from flaxmnist.config import Config, load_experiment
 from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset, load_data
 from flaxmnist.errors import UserError
@@ -42,7 +32,7 @@ def trainers(experiment: Path, data_dir: Path | None) -> Iterator[dict[str, Call
     """
     if importlib.util.find_spec("torch") is None:
         raise UserError("--peer torch needs PyTorch, which is not installed: pip install torch")
-    if isinstance(load_experiment(experiment).optimizer, Muon):
+    if isinstance(load_experiment(experiment).optimizer, configs.Muon):
         yield {}
         return
     command = [sys.executable, "-m", "flaxmnist.speed.torch_peer", *filter(None, (experiment, data_dir))]
@@ -108,20 +98,20 @@ def trainer(config: Config, data: Dataset, compiled: bool) -> Callable[[int], No
     return train
 
 
-def make_model(model: Model, data: Dataset) -> Any:
+def make_model(model: configs.Model, data: Dataset) -> Any:
     """Return ``model`` as a PyTorch module. It has PyTorch's initial values, which do not matter for speed."""
     import torch
     from torch import nn
 
     height, width = data.train.images.shape[1:3]
     match model:
-        case SoftmaxConfig():
+        case configs.SoftmaxConfig():
             return nn.Sequential(nn.Flatten(), nn.Linear(height * width, data.classes))
-        case MLPConfig(hidden=hidden):
+        case configs.MLPConfig(hidden=hidden):
             sizes = [height * width, *hidden]
             inner = [layer for pair in zip(sizes, hidden, strict=False) for layer in (nn.Linear(*pair), nn.ReLU())]
             return nn.Sequential(nn.Flatten(), *inner, nn.Linear(sizes[-1], data.classes))
-        case CNNConfig(features=features, kernel=kernel, dense=dense):
+        case configs.CNNConfig(features=features, kernel=kernel, dense=dense):
             layers: list[Any] = [nn.PixelUnshuffle(model.space_to_depth)] if model.space_to_depth > 1 else []
             for i, channels in enumerate(features):
                 side = kernel[i % len(kernel)]
@@ -133,14 +123,14 @@ def make_model(model: Model, data: Dataset) -> Any:
             return network
 
 
-def make_optimizer(optimizer: Optimizer, model: Any) -> Any:
+def make_optimizer(optimizer: configs.Optimizer, model: Any) -> Any:
     """Return the fused PyTorch form of ``optimizer``, SGD or Adam, with a constant learning rate."""
     import torch
 
     match optimizer:
-        case SGD(learning_rate=rate, momentum=momentum, nesterov=nesterov):
+        case configs.SGD(learning_rate=rate, momentum=momentum, nesterov=nesterov):
             return torch.optim.SGD(model.parameters(), rate, momentum, nesterov=nesterov, fused=True)
-        case Adam(learning_rate=rate, b1=b1, b2=b2, eps=eps, weight_decay=decay):
+        case configs.Adam(learning_rate=rate, b1=b1, b2=b2, eps=eps, weight_decay=decay):
             adam = torch.optim.AdamW if decay else torch.optim.Adam
             return adam(model.parameters(), rate, (b1, b2), eps, decay, fused=True)
 

@@ -1,6 +1,7 @@
 """Saving and restoring of checkpoints with Orbax, which no other module uses.
 
-A checkpoint is a folder named after its step: the arrays of the ``TrainState``, the records so far, and a manifest.
+A checkpoint is a folder named after its step: the arrays of the ``TrainState``, the records so far, and a manifest with
+the config, the validation accuracy and the SHA-256 of each file (``store.manifest``, which also finds checkpoints).
 Orbax writes to a temporary folder and renames it when it is complete; the manifest reveals later damage.
 """
 

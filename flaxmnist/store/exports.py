@@ -22,8 +22,8 @@ from flaxmnist.core import models
 from flaxmnist.devices import evaluation
 from flaxmnist.errors import UserError
 from flaxmnist.store.files import read_json, write_file, write_json
+from flaxmnist.store.load import Trained, get_split, load_training_data
 from flaxmnist.store.provenance import DataInfo
-from flaxmnist.store.run import Trained, get_split, load_training_data
 
 SUFFIXES = (".safetensors", ".stablehlo")
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -69,7 +69,7 @@ def write(trained: Trained, folder: Path) -> list[Path]:
     height, width = trained.data.shape
     contents = {
         "model.safetensors": save(weights, {"flaxmnist": json.dumps(fields.to_json(source))}),
-        "model.stablehlo": stablehlo(trained.model, (height, width)),
+        "model.stablehlo": stablehlo(trained.model, trained.data.shape),
         "load.py": LOADER.format(height=height, width=width, classes=trained.data.classes).encode(),
     }
     digests = {suffix: sha256(contents[f"model{suffix}"]) for suffix in SUFFIXES}
@@ -143,8 +143,7 @@ def load_model(file: Path, content: bytes, info: ExportInfo) -> nnx.Module:
     except Exception as error:  # safetensors raises several types
         raise UserError(f"{file} is not a safetensors file: {one_line(error)}") from None
     try:
-        height, width = info.data.shape
-        return models.with_weights(info.config.model, (height, width), info.data.classes, weights)
+        return models.with_weights(info.config.model, info.data.shape, info.data.classes, weights)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 

@@ -8,7 +8,7 @@ import numpy as np
 from flaxmnist.devices import evaluation
 from flaxmnist.errors import UserError
 from flaxmnist.store.files import read_json
-from flaxmnist.store.run import get_split, load_training_data
+from flaxmnist.store.load import get_split, load_training_data
 from flaxmnist.sweeps.folder import load_trials
 from flaxmnist.sweeps.results import SweepInfo, SweepResult
 

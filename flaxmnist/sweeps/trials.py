@@ -1,4 +1,4 @@
-"""Trials that are trained simultaneously by one compiled program."""
+"""Trials that are trained simultaneously by one compiled program, which ``devices.program.TrialProgram`` vmaps."""
 
 import json
 import threading

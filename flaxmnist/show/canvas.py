@@ -1,4 +1,4 @@
-"""Empty matplotlib figures, tiles and legends, and saving as PNG.
+"""Empty figures with axes, tiles, colours and legends for the plots, and saving as PNG.
 
 All colours can be distinguished by colour-blind readers and in greyscale: the palette of Okabe & Ito (2008), a colour
 map of evenly increasing darkness, and one from red through white to blue.
