@@ -188,7 +188,10 @@ def test_a_failure_to_save_ends_all(experiment, tmp_path):
         wait_for_step(run[0], 250)
         shutil.rmtree(tmp_path / "run")
         stderrs = [process.communicate(timeout=60)[1] for process in run]
-    assert [process.returncode for process in run] == [2, 75], stderrs
+    first, second = (process.returncode for process in run)
+    assert first == 2, stderrs
     assert f"cannot save to {tmp_path / 'run'}: {tmp_path / 'run'} was removed or replaced" in stderrs[0]
     assert "retrying" not in stderrs[0]
-    assert "process 0 of the run was lost" in stderrs[1]
+    # The second process may try to save its own part before it notices that the first is gone.
+    message = {75: "process 0 of the run was lost", 2: f"cannot save to {tmp_path / 'run'}: No such file or directory"}
+    assert message[second] in stderrs[1]
