@@ -52,7 +52,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(BODY[: len(BODY) // 2])
                 self.wfile.flush()
                 if self.path == "/interrupted":
-                    os.kill(os.getpid(), signal.SIGINT)
+                    # Not os.kill, by which any thread may get the signal, and the main one would not wake up.
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
                 self.done.wait(30)
 
     def log_message(self, format: str, *args):
