@@ -1,4 +1,4 @@
-"""What a user types: one module a verb, each with ``main(argv)``, which returns the exit code. Only here tyro.
+"""The commands: one module a verb, each with ``main(argv)``, which returns the exit code. Only here tyro.
 
 This file imports nothing slow, so that signals work from the start: JAX alone takes a second.
 """

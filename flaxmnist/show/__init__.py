@@ -1,1 +1,1 @@
-"""What a person looks at: text tables, figures, pages. Only this package uses Matplotlib."""
+"""Text tables, figures and pages for people to look at. Only this package uses Matplotlib."""
