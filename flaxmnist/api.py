@@ -1,6 +1,7 @@
 """The public names of the package, which ``import flaxmnist as fm`` imports when the first one is used."""
 
 from flaxmnist.config import Config, load_experiment
+from flaxmnist.core.layers import BatchNorm, Dropout
 from flaxmnist.core.models import CNN, MLP, Softmax, make_model
 from flaxmnist.core.state import Batch, TrainState
 from flaxmnist.core.steps import create_state, train_step, train_steps
@@ -16,8 +17,10 @@ __all__ = [
     "CNN",
     "MLP",
     "Batch",
+    "BatchNorm",
     "Config",
     "Dataset",
+    "Dropout",
     "Evaluation",
     "Run",
     "Softmax",

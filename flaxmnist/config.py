@@ -1,18 +1,20 @@
 """An experiment as frozen dataclasses, validated on construction.
 
-An experiment file defines one ``config = Config(…)``. Models, optimizers, schedules and initial values are unions of
-small dataclasses, so that every field is used. The run folder and the devices are not part of a config.
+An experiment file defines one ``config = Config(…)``. Models, optimizers, schedules and initial values are small
+dataclasses, so that every field is used; a model may be your own. The run folder and the devices are not part of it.
 """
 
+import hashlib
 import math
 import re
-import runpy
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from types import ModuleType
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from flaxmnist.errors import UserError
-from flaxmnist.fields import In, check_fields
+from flaxmnist.fields import In, Kinds, check_fields
 
 # Bounds of fields, which are checked when a config is made and shown by --help.
 Count = Annotated[int, In(1, 2**31 - 1)]  # int32
@@ -76,6 +78,19 @@ Initial = Constant | Normal | TruncatedNormal | Uniform | Glorot | LeCun
 # --- Models ---------------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
+class Model(Protocol):
+    """A frozen dataclass that makes a Flax module. Yours may be defined in an experiment file or in a notebook."""
+
+    def make(self, shape: tuple[int, ...], classes: int, rngs: Any) -> Any:
+        """Return an ``nnx.Module`` for images of ``shape`` (height, width, channels), with weights drawn from ``rngs``.
+
+        It is called as ``module(images)``, with float images [batch, height, width, channels] in [0, 1], and returns
+        logits [batch, classes]. In a sweep, float fields may be traced.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxConfig:
     """Softmax regression: one dense layer from pixels to classes."""
@@ -83,6 +98,11 @@ class SoftmaxConfig:
     dropout: BelowOne = 0.0  # fraction of the pixels dropped in a training step
     kernel_init: Initial = Constant(0.0)  # initial weights
     bias_init: Initial = Constant(0.0)  # initial biases
+
+    def make(self, shape: tuple[int, ...], classes: int, rngs: Any) -> Any:
+        from flaxmnist.core import models
+
+        return models.Softmax(shape=shape, classes=classes, rngs=rngs, **models.arguments(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +113,11 @@ class MLPConfig:
     dropout: BelowOne = 0.0  # fraction of each hidden layer's units dropped in a training step
     kernel_init: Initial = LeCun()  # initial weights
     bias_init: Initial = Constant(0.0)  # initial biases
+
+    def make(self, shape: tuple[int, ...], classes: int, rngs: Any) -> Any:
+        from flaxmnist.core import models
+
+        return models.MLP(shape=shape, classes=classes, rngs=rngs, **models.arguments(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +133,13 @@ class CNNConfig:
     kernel_init: Initial = LeCun()  # initial weights
     bias_init: Initial = Constant(0.0)  # initial biases
 
+    def make(self, shape: tuple[int, ...], classes: int, rngs: Any) -> Any:
+        from flaxmnist.core import models
 
-Model = SoftmaxConfig | MLPConfig | CNNConfig
+        return models.CNN(shape=shape, classes=classes, rngs=rngs, **models.arguments(self))
+
+
+MODELS = SoftmaxConfig, MLPConfig, CNNConfig
 
 # --- Schedules: factors on the learning rate ------------------------------------------------------------------------
 
@@ -257,7 +287,7 @@ class Config:
 
     name: str  # name of the experiment, and prefix of its run folders
     seed: Natural = 0  # seed of initial values, dropout, augmentation and (unless data.order_seed is set) order
-    model: Model
+    model: Annotated[Model, Kinds(MODELS, "make")]
     optimizer: Optimizer
     objective: Objective = Objective()
     data: Data = Data()
@@ -292,10 +322,10 @@ def check_rules(config: Config) -> None:
     if isinstance(model, CNNConfig) and len(model.kernel) not in (1, len(model.features)):
         raise UserError("model.kernel must be one side for all convolutions, or as many sides as model.features")
     for name in ("kernel_init", "bias_init"):
-        initial = getattr(model, name)
+        initial = getattr(model, name, None)
         if isinstance(initial, Uniform) and initial.low >= initial.high:
             raise UserError(f"model.{name}: low must be below high")
-    if isinstance(model.bias_init, Glorot | LeCun):
+    if isinstance(model, MODELS) and isinstance(model.bias_init, Glorot | LeCun):
         raise UserError(
             "model.bias_init cannot be Glorot or LeCun, which need a matrix: use Constant, Normal or Uniform"
         )
@@ -321,6 +351,21 @@ def find_experiment(name: str | Path) -> Path:
     return next(filter(Path.is_file, [Path(name), *files]), Path(name))
 
 
+def load_module(path: Path) -> ModuleType:
+    """Run a Python file as a module, only once per process unless it changes, so that its classes stay the same."""
+    content = path.read_bytes()
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode() + content).hexdigest()[:16]}"
+    if name not in sys.modules:
+        sys.modules[name] = module = ModuleType(name)  # dataclasses look up the types of their fields there
+        module.__file__ = str(path)
+        try:
+            exec(compile(content, path, "exec"), vars(module))
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
 def load_experiment(path: str | Path) -> Config:
     """Run an experiment file, or the experiment with this name, which is Python code, and return its config.
 
@@ -330,7 +375,7 @@ def load_experiment(path: str | Path) -> Config:
     if not path.is_file():
         raise UserError(f"no experiment file {path}: pass the path of a .py file, or a name such as quickstart")
     try:
-        config = runpy.run_path(str(path)).get("config")
+        config = vars(load_module(path.resolve())).get("config")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (Exception, SystemExit) as error:

@@ -3,8 +3,10 @@
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -29,6 +31,14 @@ class Stopped(BaseException):
     """The run was stopped before its end; ``--resume`` continues it. Not an error, like KeyboardInterrupt."""
 
     exit_code = 75
+
+
+def check_local(path: str | Path) -> None:
+    """Raise UserError for a path with a scheme, such as gs://bucket/run, which would become a local folder "gs:"."""
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
+        raise UserError(
+            f"{path} is not on a file system: mount the storage, for example with gcsfuse, and pass that path"
+        )
 
 
 def print_message(message: str) -> None:

@@ -4,15 +4,21 @@ import copy
 import dataclasses
 import functools
 import math
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from flaxmnist.errors import UserError
 
 Content = TypeVar("Content")
+
+
+class UnknownClass(UserError):
+    """A file names a class of the user's, whose code is needed to read it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,19 @@ class In:
         return f"{'at least' if self.ends[0] == '[' else 'above'} {self.low}"
 
 
+@dataclass(frozen=True)
+class Kinds:
+    """The built-in dataclasses of a field that also takes a user's frozen dataclass with ``method``."""
+
+    built_in: tuple[type, ...]
+    method: str
+
+    def accepts(self, kind: type) -> bool:
+        """Return True if ``kind`` is a frozen dataclass with the method."""
+        frozen = dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen  # pyright: ignore
+        return frozen and callable(getattr(kind, self.method, None))
+
+
 def bounds(hint: Any) -> list[In]:
     """Return the bounds in an annotation, also those in a union or of the items of a tuple."""
     return [hint] if isinstance(hint, In) else [bound for part in typing.get_args(hint) for bound in bounds(part)]
@@ -49,11 +68,30 @@ def kind_name(kind: Any) -> str:
     return kind.__name__.removesuffix("Config")
 
 
+def user_kind_name(kind: type) -> str:
+    """Return the name of a user's class in JSON: "FILE.py:Class" or, without a file, "notebook:Class"."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return f"{Path(file).name if file else 'notebook'}:{kind.__qualname__}"
+
+
+def user_classes(value: Any) -> set[type]:
+    """Return the user's dataclasses in the fields of a dataclass that take them."""
+    classes = set()
+    for name, field in field_types(type(value)).items():
+        inner = getattr(value, name)
+        for item in inner if isinstance(inner, tuple) else (inner,):
+            if dataclasses.is_dataclass(item):
+                classes |= user_classes(item)
+                if field.open and type(item) not in field.types:
+                    classes.add(type(item))
+    return classes
+
+
 class FieldType:
     """The type of a field, from its annotation.
 
     An annotation is Any, a plain type, a dataclass, a Literal of strings, a tuple or a dict; one of these with bounds;
-    or a union of these. It is parsed only once, because a sweep checks up to 100,000 configs.
+    a type with Kinds; or a union of these. It is parsed only once, because a sweep checks up to 100,000 configs.
     """
 
     def __init__(self, hint: Any):
@@ -62,10 +100,16 @@ class FieldType:
         self.literals: tuple[str, ...] = ()
         self.items: FieldType | None = None  # of a tuple or dict
         self.length: int | None = None  # of a tuple; None: any
+        self.open: Kinds | None = None
         names = []
         for choice in typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,):
             if typing.get_origin(choice) is Annotated:
-                choice = typing.get_args(choice)[0]
+                choice, *metadata = typing.get_args(choice)
+                self.open = next((item for item in metadata if isinstance(item, Kinds)), None)
+                if self.open is not None:
+                    self.types += self.open.built_in
+                    names += [*map(kind_name, self.open.built_in), f"a frozen dataclass with {self.open.method}"]
+                    continue
             origin, arguments = typing.get_origin(choice), typing.get_args(choice)
             if origin is Literal:
                 self.types.append(str)
@@ -89,6 +133,8 @@ class FieldType:
     def check(self, value: Any, path: str) -> None:
         """Raise UserError if ``value``, named ``path``, has another type or is out of bounds. An int may be a float."""
         kind = type(value)
+        if self.open is not None and self.open.accepts(kind):
+            return check_fields(value, path)
         if (
             (kind not in self.types and Any not in self.types)
             or (kind is str and self.literals and value not in self.literals)
@@ -132,37 +178,44 @@ def to_json(value: Any, field: FieldType | None = None) -> Any:
         return {name: to_json(item, items) for name, item in value.items()}
     if not dataclasses.is_dataclass(value):
         return value
-    kind = {"kind": kind_name(type(value))} if field and len(field.kinds) > 1 else {}
+    name = kind_name if field and type(value) in field.types else user_kind_name
+    kind = {"kind": name(type(value))} if field and len(field.kinds) > 1 else {}
     return kind | {name: to_json(getattr(value, name), inner) for name, inner in field_types(type(value)).items()}
 
 
-def from_json(values: Any, kind: type[Content]) -> Content:
-    """Invert ``to_json``, for the dataclass ``kind``. Raise UserError for anything that it cannot have written."""
-    return build(values, FieldType(kind), "")
+def from_json(values: Any, kind: type[Content], classes: Iterable[type] = ()) -> Content:
+    """Invert ``to_json``, for the dataclass ``kind``. Raise UserError for anything that it cannot have written.
+
+    ``classes`` are the user's dataclasses that it may contain.
+    """
+    return build(values, FieldType(kind), "", {user_kind_name(own): own for own in classes})
 
 
-def build(values: Any, field: FieldType, path: str) -> Any:
+def build(values: Any, field: FieldType, path: str, classes: dict[str, type]) -> Any:
     """Convert ``values`` from JSON to the tuples, dicts and dataclasses of ``field``, with checked fields."""
     if isinstance(values, list) and tuple in field.types and field.items:
-        return tuple(build(value, field.items, f"{path}[{index}]") for index, value in enumerate(values))
+        return tuple(build(value, field.items, f"{path}[{index}]", classes) for index, value in enumerate(values))
     if isinstance(values, Mapping) and dict in field.types and field.items:
-        return {name: build(value, field.items, f"{path}[{name}]") for name, value in values.items()}
-    if not field.kinds or (values is None and type(None) in field.types):
+        return {name: build(value, field.items, f"{path}[{name}]", classes) for name, value in values.items()}
+    kinds = field.kinds | classes if field.open else field.kinds
+    if not kinds or (values is None and type(None) in field.types):
         return values
     if not isinstance(values, Mapping):
         raise UserError(f"{path or 'the JSON'} must be an object, but is {values!r}")
-    name = values.get("kind") if len(field.kinds) > 1 else next(iter(field.kinds))
-    if name not in list(field.kinds):  # it may be unhashable
-        raise UserError(f"{path}.kind must be one of {', '.join(field.kinds)}, but is {name!r}")
-    inner = field_types(field.kinds[name])
-    expected = {*inner, "kind"} if len(field.kinds) > 1 else {*inner}
+    name = values.get("kind") if len(kinds) > 1 else next(iter(kinds))
+    if name not in list(kinds):  # it may be unhashable
+        if field.open and ":" in str(name):
+            raise UnknownClass(f"{path} is {name}: pass the file that defines it as --experiment")
+        raise UserError(f"{path}.kind must be one of {', '.join(kinds)}, but is {name!r}")
+    inner = field_types(kinds[name])
+    expected = {*inner, "kind"} if len(kinds) > 1 else {*inner}
     if wrong := sorted(expected ^ set(values)):
         raise UserError(f"{path or 'the JSON'} has {'unknown' if wrong[0] in values else 'no'} field {wrong[0]!r}")
     prefix = path and f"{path}."
-    arguments = {name: build(values[name], inner[name], prefix + name) for name in inner}
+    arguments = {name: build(values[name], inner[name], prefix + name, classes) for name in inner}
     for argument, value in arguments.items():
         inner[argument].check(value, prefix + argument)
-    return field.kinds[name](**arguments)
+    return kinds[name](**arguments)
 
 
 # --- Dotted names ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from flaxmnist.config import Config
 from flaxmnist.console import Clock, logger
+from flaxmnist.core import steps
 from flaxmnist.core.state import Metrics, TrainState
 from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset
@@ -167,11 +168,11 @@ def check(config: Config, data: Dataset, mesh: Mesh, backend: Backend) -> None:
     """Raise UserError if ``config`` cannot be trained on ``data``, before anything is written."""
     if backend == "pmap" and (jax.process_count() > 1 or mesh.shape[parallel.MODEL] > 1):
         raise UserError("--backend pmap supports neither several processes nor --model-parallel: use --backend jit")
-    parallel.check_batch(config.train.batch_size, mesh)
     order.steps_per_epoch(config, len(data.train.labels))
     if config.data.order == "file" and not data.file_order:
         raise UserError(f"data.order file needs the original files, not {data.source}: use --data.order shuffled")
     shapes = program.state_shapes(config, data, mesh)
+    steps.check_model(config, shapes, data.train, data.classes, mesh.shape[parallel.BATCH])
     parallel.check_model(shapes.params, mesh)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     parallel.check_memory("the state of this model", size, mesh)
@@ -221,7 +222,7 @@ def evaluate(session: Session, state: TrainState, split: str) -> Evaluation | No
         scores = evaluation.evaluate(state.model, *images)
     session.log.evaluation(step, split, scores)
     with session.clock("checkpoint"):
-        session.folder.draw(state, split, scores, session.data.train.images.shape[1:3])
+        session.folder.draw(state, split, scores, session.data.train.images.shape[1:])
     if session.on_evaluation is not None:
         session.on_evaluation(step, split, scores)
     return scores

@@ -131,7 +131,7 @@ def test_invalid_record_is_reported(damage, copy):
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"[1, 2", b"{}", b'{"config": null, "data": null}', None, [28], [28, 0], [28, 28, 1]], ids=str
+    "damage", [b"", b"[1, 2", b"{}", b'{"config": null, "data": null}', None, [28], [28, 0], [28, 28, 1, 1]], ids=str
 )
 def test_damaged_config_is_restored_from_the_checkpoint(damage, copy, few, intact, caplog):
     """``damage`` is the content, None for no file, or the shape of the images."""
@@ -205,7 +205,7 @@ def test_checkpoint_of_another_version_is_refused_and_kept(copy, few):
     """A run must not start from scratch because of an intact checkpoint that this version cannot read."""
     file = copy / "checkpoints/20/manifest.json"
     content = json.loads(file.read_text())["checkpoint"]
-    content["about"]["run"]["config"]["model"]["layers"] = 3
+    content["about"]["layers"] = 3
     text = json.dumps({"sha256": manifest.sha256(content), "checkpoint": content})
     file.write_text(text)
     for use in (fm.load_run, lambda folder: resume(folder, few)):

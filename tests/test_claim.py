@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import fit_on_one, small
 
+import flaxmnist as fm
 from flaxmnist.errors import UserError
 from flaxmnist.sweeps.runner import run_sweep
 
@@ -52,3 +53,19 @@ def test_first_start_with_resume_among_other_files(start, few, tmp_path):
     (tmp_path / "slurm-1.out").write_text("log")
     start(few, tmp_path, resume=True)
     assert (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run"])
+def test_paths_with_a_scheme_are_refused(path, few, tmp_path, monkeypatch):
+    """Also as a Path, which drops a slash."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (path, Path(path)):
+        for call in (
+            lambda folder=folder: fit_on_one(small(steps=1), few, folder),
+            lambda folder=folder: run_sweep([(small(steps=1), few)], [0], [{}], workdir=Path(folder)),
+            lambda folder=folder: fm.load_run(folder),
+            lambda folder=folder: fm.load_data("mnist", folder),
+        ):
+            with pytest.raises(UserError, match="is not on a file system: mount the storage"):
+                call()
+    assert list(tmp_path.iterdir()) == []

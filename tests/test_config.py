@@ -19,7 +19,7 @@ EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_experiment_file_survives_json(path):
     experiment = config.load_experiment(path)
-    assert fields.from_json(fields.to_json(experiment), Config) == experiment
+    assert fields.from_json(fields.to_json(experiment), Config, fields.user_classes(experiment)) == experiment
     assert experiment.name == path.stem
 
 

@@ -39,7 +39,8 @@ def test_training_and_prediction_lower_for_every_platform(name, digits):
         return jax.tree.leaves(steps.train_steps(experiment, jax.tree.unflatten(structure, leaves), *rest))
 
     def predict(leaves, images, indices):
-        return evaluation.forward(state.graphdef, jax.tree.unflatten(structure, leaves).params, images, indices)
+        state = jax.tree.unflatten(structure, leaves)
+        return evaluation.forward(state.definition, state.params, state.buffers, images, indices)
 
     count = jax.ShapeDtypeStruct((), np.int32)
     for program, arguments in ((train, (leaves, images, labels, indices, count)), (predict, (leaves, images, indices))):

@@ -165,12 +165,12 @@ DAMAGE = {
     ),
     "no digests": (lambda path: change_metadata(path, "sha256", {}), "does not match its SHA-256"),
     "another config": (
-        lambda path: change_metadata(path, "config/model", {}),
-        "is damaged: config.model.kind must be",
+        lambda path: change_metadata(path, "config/data", {}),
+        "is damaged: the JSON has no field 'augment'",
     ),
     "other data": (lambda path: change_metadata(path, "data/source", "elsewhere"), "was trained on elsewhere"),
     "no data": (lambda path: change_metadata(path, "data/shape", [28, 0]), r"is damaged: data.shape.* must lie in"),
-    "a third side": (lambda path: change_metadata(path, "data/shape", [28, 28, 28]), "is damaged"),
+    "a fourth side": (lambda path: change_metadata(path, "data/shape", [28, 28, 1, 1]), "is damaged"),
     "rubbish": (
         lambda path: rewrite(path, b"rubbish" * 99),
         "(is not a safetensors file: |written with JAX .*, cannot be run with JAX )",

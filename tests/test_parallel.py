@@ -117,11 +117,19 @@ def test_kernels_and_their_optimizer_state_are_sharded(few):
         assert tree["layers"][0]["bias"].is_fully_replicated
 
 
+@pytest.mark.parametrize(("size", "backend"), [(20, "jit"), slow(20, "pmap"), slow(6, "jit"), (6, "pmap")])
+def test_a_batch_need_not_divide(size, backend, few):
+    """Batches of 20 and 6 images, and a shorter last one, on 8 devices and on one."""
+    config = small(batch_size=size, steps=15)
+    one, eight = (fm.fit(config, few, devices=devices, backend=backend) for devices in (1, 8))
+    for name in ("loss", "gradient_norm"):
+        expected, found = ([r[name] for r in run.history if r["split"] == "train"] for run in (one, eight))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 # --- Invalid combinations -------------------------------------------------------------------------------------------
 
 INVALID = {
-    "batch": (small(batch_size=20), {}, "batch_size 20 is not divisible by 8 devices: use 16 or 24"),
-    "small batch": (small(batch_size=6), {"backend": "pmap"}, "6 is not divisible by 8 devices: use 8, or fewer"),
     "model_parallel": (small(), {"model_parallel": 3}, "--model-parallel 3 does not divide 8 devices"),
     "zero": (small(), {"model_parallel": 0}, "--model-parallel 0 does not divide"),
     "pmap": (small("mlp"), {"model_parallel": 2, "backend": "pmap"}, "--backend pmap supports neither"),

@@ -111,7 +111,7 @@ def test_indices_are_those_of_the_steps_and_the_rest_is_padding(backend, few):
     rows = np.asarray(indices).reshape(20, 16)
     np.testing.assert_array_equal(rows[:4], order.batch_indices(CONFIG, 70, 3, 7))
     assert (rows[1] == -1).tolist() == [False] * LAST_BATCH + [True] * (16 - LAST_BATCH), "step 4 has a short batch"
-    assert not rows[4:].any()
+    assert (rows[4:] == -1).all()
 
 
 def test_steps_after_the_count_are_not_done(few):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import MODELS, assert_same, slow, small
-from flax import nnx
 
 import flaxmnist as fm
 from flaxmnist.config import SGD, Adam, Augment, Config, Data, Objective
@@ -23,6 +22,12 @@ def make_batch(data, size: int, padding: int = 0) -> Batch:
     """Return the first ``size`` training images, followed by ``padding`` images of weight 0."""
     indices = jnp.concatenate([jnp.arange(size), jnp.full(padding, -1)]).astype(jnp.int32)
     return steps.take_batch(*map(jnp.asarray, data.train), indices)
+
+
+def logits_of(config: Config, state: TrainState, images) -> jax.Array:
+    """Return the logits that the next step computes for ``images``."""
+    augmented = steps.augmented_images(config, images, state.step)
+    return steps.forward(config, state, state.params, augmented, jnp.ones(len(images)))[0]
 
 
 def run(config: Config, data, stops: list[int], capacity: int) -> tuple[TrainState, list[Metrics]]:
@@ -44,7 +49,7 @@ def test_step_updates_by_the_gradient_of_the_mean_loss(model, few):
     batch = make_batch(few, 16)
 
     def loss(params):
-        logits = nnx.merge(state.graphdef, params)(batch.images)
+        logits = state.definition.merge(params, {})(batch.images)
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), batch.labels[:, None], 1))
 
     value, gradient = jax.value_and_grad(loss)(state.params)
@@ -126,7 +131,7 @@ def test_bfloat16_agrees_with_float32_up_to_rounding(name, few):
     half = replace(config, train=replace(config.train, compute_dtype="bfloat16"))
     state, images = create_state(config, (28, 28), 10), jnp.asarray(few.train.images[:8])
     state = replace(state, params=jax.tree.map(lambda leaf: leaf + 0.01, state.params))
-    exact, rounded = (steps.train_logits(c, state.graphdef, state.params, images, 0) for c in (config, half))
+    exact, rounded = (logits_of(c, state, images) for c in (config, half))
     assert rounded.dtype == jnp.float32
     assert 0 < jnp.abs(rounded - exact).max() < 0.02 * jnp.abs(exact).max()
     new_state, _ = steps.train_step(half, state, steps.take_batch(*map(jnp.asarray, few.train), jnp.arange(8)))
@@ -137,7 +142,7 @@ def test_dropout_depends_on_step_and_seed(few):
     config = replace(small("mlp"), model=replace(MODELS["mlp"], dropout=0.5))
     state, images = create_state(config, (28, 28), 10), jnp.asarray(few.train.images[:4])
     logits = [
-        steps.train_logits(replace(config, seed=seed), state.graphdef, state.params, images, step).tolist()
+        logits_of(replace(config, seed=seed), replace(state, step=jnp.int32(step)), images).tolist()
         for seed in (0, 1)
         for step in (0, 1)
     ]

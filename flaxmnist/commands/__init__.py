@@ -8,9 +8,14 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flaxmnist.devices.signals import SIGNALS, exit_process
 from flaxmnist.errors import UserError, exit_code, print_message
+
+if TYPE_CHECKING:
+    from flaxmnist.config import Config
 
 # The value of time.perf_counter() at the start of the command.
 START = time.perf_counter()
@@ -54,6 +59,13 @@ def run(verb: str, argv: list[str]) -> int:
         for number in SIGNALS:
             signal.signal(number, lambda *_: exit_process("stopped"))
     return importlib.import_module(f"flaxmnist.commands.{verb}").main(argv)
+
+
+def load_classes(experiment: Path | None) -> "Config | None":
+    """Return the config of the experiment file that a user passes for its classes, if any."""
+    from flaxmnist.config import load_experiment
+
+    return None if experiment is None else load_experiment(experiment)
 
 
 def command(verb: str) -> str:

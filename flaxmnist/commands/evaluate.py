@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from flaxmnist.commands import command
+from flaxmnist.commands import command, load_classes
 from flaxmnist.devices import program
 from flaxmnist.errors import UserError, exit_code
 from flaxmnist.show import text
@@ -23,11 +23,13 @@ class Arguments:
     split: Literal["test", "validation", "train"] = "test"  # images to evaluate on
     ensemble: int | Literal["all"] | None = None  # for a sweep: trials of its best setting to ensemble; no value: all
     data_dir: Path | None = None  # folder of the data sets; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
+    experiment: Path | None = None  # experiment file, if its model is not built in
 
 
 def evaluate(arguments: Arguments) -> None:
     """Print loss, accuracy and results per class; for a sweep, the trials and their ensemble."""
     program.use_compilation_cache()
+    config = load_classes(arguments.experiment)
     is_sweep = os.path.exists(arguments.workdir / "sweep.json")
     if is_sweep != (arguments.ensemble is not None):
         raise UserError(
@@ -36,14 +38,14 @@ def evaluate(arguments: Arguments) -> None:
         )
     if is_sweep:
         size = None if arguments.ensemble == "all" else arguments.ensemble
-        ensemble = ensembles.evaluate_ensemble(arguments.workdir, size, arguments.split, arguments.data_dir)
+        ensemble = ensembles.evaluate_ensemble(arguments.workdir, size, arguments.split, arguments.data_dir, config)
         print(text.ensemble_report(ensemble))
     elif arguments.workdir.suffix in exports.SUFFIXES:
         if arguments.step != "latest":
             raise UserError(f"{arguments.workdir} holds only one step: omit --step, and pass it to {command('export')}")
-        print(text.class_report(exports.evaluate(arguments.workdir, arguments.split, arguments.data_dir)))
+        print(text.class_report(exports.evaluate(arguments.workdir, arguments.split, arguments.data_dir, config)))
     else:
-        evaluation = evaluate_run(arguments.workdir, arguments.step, arguments.split, arguments.data_dir)
+        evaluation = evaluate_run(arguments.workdir, arguments.step, arguments.split, arguments.data_dir, config)
         print(text.class_report(evaluation))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from flaxmnist.commands import command
+from flaxmnist.commands import command, load_classes
 from flaxmnist.errors import exit_code
 from flaxmnist.store import exports
 from flaxmnist.store.load import load_checkpoint
@@ -16,12 +16,14 @@ class Arguments:
     workdir: tyro.conf.Positional[Path]  # run folder
     step: str = "latest"  # checkpoint: latest, best (by validation accuracy), or a step
     out: Path | None = None  # output folder, replaces an earlier export; default: WORKDIR/export
+    experiment: Path | None = None  # experiment file, if its model is not built in
 
 
 def export(arguments: Arguments) -> None:
     """Export, and print each file, its size and the next commands."""
     folder = arguments.workdir / "export" if arguments.out is None else arguments.out
-    for file in exports.write(load_checkpoint(arguments.workdir, arguments.step), folder):
+    config = load_classes(arguments.experiment)
+    for file in exports.write(load_checkpoint(arguments.workdir, arguments.step, config), folder):
         print(f"{file}  {file.stat().st_size:,} bytes")
     print(f"next: {command('evaluate')} {folder / 'model.stablehlo'}")
     print(f"      python {folder / 'load.py'} IMAGES.npy")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from flaxmnist.commands import command
+from flaxmnist.commands import command, load_classes
 from flaxmnist.devices import program
 from flaxmnist.errors import exit_code
 from flaxmnist.show import canvas, plots, text
@@ -20,12 +20,14 @@ class Arguments:
     plot: Path | None = None  # draw the model's inputs and predictions to this PNG file
     json: bool = False  # print one JSON object per line: file, class, probabilities
     step: str = "latest"  # checkpoint: latest, best (by validation accuracy), or a step
+    experiment: Path | None = None  # experiment file, if its model is not built in
 
 
 def predict(arguments: Arguments) -> None:
     """Print each image as the model sees it, and the class probabilities."""
     program.use_compilation_cache()
-    predictions = predict_files(arguments.workdir, arguments.images, arguments.step)
+    config = load_classes(arguments.experiment)
+    predictions = predict_files(arguments.workdir, arguments.images, arguments.step, config)
     if arguments.plot is not None:
         canvas.save(plots.predictions(predictions), arguments.plot)
     for file, image, predicted, probabilities in predictions:

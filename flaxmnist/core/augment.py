@@ -22,10 +22,10 @@ SMOOTHNESS = 4.0
 def augment(
     config: config.Augment,
     key: PRNGKeyArray,
-    images: Float[Array, "b h w 1"],
+    images: Float[Array, "b h w c"],
     *,
     offset: int | Int[Array, ""] = 0,
-) -> Float[Array, "b h w 1"]:
+) -> Float[Array, "b h w c"]:
     """Return ``images``, each transformed at random within the limits of ``config``; pixels from outside are 0.
 
     Shift (pixels, each axis), rotation (degrees) and relative size (about the centre) are uniform within ± their field;
@@ -97,8 +97,12 @@ def smoothing(length: int) -> Float[Array, "length knots"]:
     return weights / jnp.linalg.norm(weights, axis=1, keepdims=True)
 
 
-def resample(image: Float[Array, "h w 1"], sources: Float[Array, "2 h w"]) -> Float[Array, "h w 1"]:
+def resample(image: Float[Array, "h w c"], sources: Float[Array, "2 h w"]) -> Float[Array, "h w c"]:
     """Return ``image`` interpolated bilinearly at ``sources`` (row, column), with zeros outside."""
+
     # For 256 images on two CPU cores this takes 0.5 ms, and 0.7 to 1.5 ms in a loop. Alternatives: gathers by flat
     # indices, 0.6 and 0.3 to 1.7 ms; products with triangular weights, without a gather, 7 and 5 ms.
-    return map_coordinates(image[:, :, 0], list(sources), order=1, mode="constant")[:, :, None].astype(image.dtype)
+    def of_channel(channel: Float[Array, "h w"]) -> Float[Array, "h w"]:
+        return map_coordinates(channel, list(sources), order=1, mode="constant").astype(image.dtype)
+
+    return jnp.stack([of_channel(image[:, :, index]) for index in range(image.shape[2])], axis=2)

@@ -1,12 +1,13 @@
-"""Building blocks of the models: initial values, dense, convolution, max-pooling, dropout.
+"""Building blocks of the models: initial values, dense, convolution, max-pooling, dropout, batch normalisation.
 
-Plain functions on arrays, and two Flax modules that hold the weights. Everything here can be jitted, vmapped and
+Plain functions on arrays, and Flax modules that hold weights. Everything here can be jitted, vmapped and
 exported; only ``convolve`` does not support forward-mode derivatives.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,13 @@ from flax import nnx
 from jax.nn import initializers
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from flaxmnist import config
+from flaxmnist import config, fields
+from flaxmnist.core.definition import BatchKey
 
 Padding = Literal["SAME", "VALID"]
 # The standard deviation of a standard normal distribution truncated at ±2.
 TRUNCATED_STDDEV = 0.87962566103423978
-Images = UInt8[Array | np.ndarray, "b h w 1"] | Float[Array | np.ndarray, "b h w 1"]
+Images = UInt8[Array | np.ndarray, "b h w c"] | Float[Array | np.ndarray, "b h w c"]
 
 
 def initializer(initial: config.Initial) -> initializers.Initializer:
@@ -55,7 +57,7 @@ def initializer(initial: config.Initial) -> initializers.Initializer:
 LECUN_NORMAL = initializer(config.LeCun())
 
 
-def normalise(images: Images) -> Float[Array, "b h w 1"]:
+def normalise(images: Images) -> Float[Array, "b h w c"]:
     """Return pixels in [0, 1]: uint8 is divided by 255, floats are expected to be in [0, 1] already."""
     images = jnp.asarray(images)
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
@@ -192,6 +194,75 @@ def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     if h % 2 or w % 2:
         x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), constant_values=-jnp.inf)
     return x.reshape(b, -(-h // 2), 2, -(-w // 2), 2, c).max(axis=(2, 4))
+
+
+def conv_general_dilated(x: Array, kernel: Array, strides: Sequence[int], padding: Any, **options: Any) -> Array:
+    """Do what ``jax.lax.conv_general_dilated`` does, by ``convolve`` if it can: for ``nnx.Conv`` in a training step."""
+    defaults = {"lhs_dilation": {(1, 1)}, "rhs_dilation": {(1, 1)}, "feature_group_count": {1}, "precision": {None}}
+    plain = all(options.get(name) in (*values, None) for name, values in defaults.items())
+    if x.ndim != 4 or len(set(strides)) > 1 or not plain or options.get("preferred_element_type") is not None:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    return _convolve(x, kernel, tuple(map(tuple, padding)), strides[0])
+
+
+class Dropout(nnx.Module):
+    """Set each value to 0 with probability ``rate`` and divide the others by 1 − rate (Srivastava et al. 2014).
+
+    It is active after ``model.train()``, which a training step calls. Unlike those of ``nnx.Dropout``, its masks are
+    the same on any number of devices, and ``rate`` may be traced.
+    """
+
+    def __init__(self, rate: float | Float[Array, ""]):
+        self.rate, self.deterministic = rate, False
+        self.axis_name: str | None = None  # of the devices that share a batch, set by the training step
+        # Another one in each training step.
+        self.key = nnx.data(None) if fields.is_zero(rate) else BatchKey(jax.random.key(0), tag="dropout")
+
+    def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        if self.deterministic or self.key is None:
+            return x
+        name = self.axis_name
+        shard, num_shards = (0, 1) if name is None else (jax.lax.axis_index(name), jax.lax.axis_size(name))
+        return dropout(x, self.rate, self.key[...], shard=shard, num_shards=num_shards)
+
+
+class BatchNorm(nnx.BatchNorm):
+    """``nnx.BatchNorm`` with the statistics of the full batch: of all devices, and without padding images.
+
+    Use it as ``nnx.BatchNorm``, on the last axis of an array whose first axis has the images of the batch. The default
+    ``momentum`` of the running averages is 0.9, which suits short runs. A training step sets ``axis_name`` and
+    ``weights``.
+    """
+
+    def __init__(self, features: int, *, momentum: float = 0.9, **options: Any):
+        super().__init__(features, momentum=momentum, **options)
+        self.weights: Float[Array, " b"] | None = nnx.data(None)  # of the images: 1, or 0 for padding; None: all 1
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Array, "b ... c"], use_running_average: bool | None = None
+    ) -> Float[Array, "b ... c"]:
+        running = self.use_running_average if use_running_average is None else use_running_average
+        if running:
+            return super().__call__(x, use_running_average=True)
+        images = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
+        weights = jnp.ones(len(images)) if self.weights is None else self.weights
+
+        def mean_of(values: Float[Array, "b n c"]) -> Float[Array, " c"]:
+            sums = jnp.einsum("b,bnc->c", weights, values), weights.sum() * values.shape[1]
+            total, count = sums if self.axis_name is None else jax.lax.psum(sums, self.axis_name)
+            return total / count
+
+        mean = mean_of(images)
+        variance = mean_of((images - mean[None, None]) ** 2)
+        for average, value in ((self.mean, mean), (self.var, variance)):
+            average[...] = self.momentum * average[...] + (1 - self.momentum) * jax.lax.stop_gradient(value)
+        factor = jax.lax.rsqrt(variance + self.epsilon)
+        factor = factor if self.scale is None else factor * self.scale[...]
+        offset = -mean * factor if self.bias is None else self.bias[...] - mean * factor
+        factor, offset = (values.reshape((1,) * (x.ndim - 1) + (-1,)) for values in (factor, offset))
+        return (x * factor + offset).astype(x.dtype)
 
 
 def dropout(

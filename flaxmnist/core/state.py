@@ -9,11 +9,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int32, UInt8
 
+from flaxmnist.core.definition import Definition
+
 
 class Batch(NamedTuple):
     """The images of a step; those of weight 0 are the padding of a short batch and do not count."""
 
-    images: UInt8[Array, "b h w 1"]
+    images: UInt8[Array, "b h w c"]
     labels: Int32[Array, " b"]
     weights: Float[Array, " b"]  # 1 or 0
 
@@ -47,9 +49,10 @@ class Metrics(NamedTuple):
 class TrainState:
     """Everything a run resumes from: a pytree of arrays, and the static structure of the model."""
 
-    graphdef: nnx.GraphDef = field(metadata={"static": True})
+    definition: Definition = field(metadata={"static": True})
     step: Int32[Array, ""]  # steps done
     params: Any  # weights as nested dicts
+    buffers: Any  # other state of the model, such as batch statistics, as nested dicts
     opt_state: optax.OptState
     ema: Any  # averaged weights as nested dicts; None if the config has no train.ema_decay
     epoch: Totals  # so far, of the epoch of the last step
@@ -61,5 +64,7 @@ class TrainState:
 
     @property
     def model(self) -> nnx.Module:
-        """The model with ``weights``."""
-        return nnx.merge(self.graphdef, self.weights)
+        """The model with ``weights``, in evaluation mode."""
+        model = self.definition.merge(self.weights, self.buffers)
+        model.eval()
+        return model

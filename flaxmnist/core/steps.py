@@ -3,7 +3,7 @@
 Nothing here compiles, shards, donates or prints. ``config`` is static, everything else is arrays.
 """
 
-import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,15 +14,25 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt8
 
-from flaxmnist import fields
-from flaxmnist.config import Config
+from flaxmnist.config import MODELS, Config
 from flaxmnist.core import layers, models, objective, optim
 from flaxmnist.core.augment import augment
+from flaxmnist.core.definition import split
 from flaxmnist.core.state import Batch, Metrics, Totals, TrainState
 from flaxmnist.data.order import steps_per_epoch
+from flaxmnist.data.sets import Split
+from flaxmnist.errors import UserError
 
 # Every random number of a run is a function of (seed, stream, step), so that no key has to be carried or saved.
 STREAMS = ("init", "dropout", "augment")
+
+# Layers that must know which devices share a batch. Not all that have an ``axis_name``: LayerNorm's is another one.
+SHARED = (nnx.BatchNorm, layers.Dropout)
+
+
+def is_slow(_: Any, module: Any) -> bool:
+    """Return True for an ``nnx.Conv`` with XLA's own gradient, which is slow within a loop on CPU."""
+    return isinstance(module, nnx.Conv) and module.conv_general_dilated is jax.lax.conv_general_dilated
 
 
 def stream_key(seed: int | Int[Array, ""], stream: str, step: int | Int[Array, ""] = 0) -> PRNGKeyArray:
@@ -30,15 +40,16 @@ def stream_key(seed: int | Int[Array, ""], stream: str, step: int | Int[Array, "
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream)), step)
 
 
-def create_state(config: Config, shape: tuple[int, int], classes: int) -> TrainState:
-    """Return the state before the first step, for images of ``shape`` (height, width)."""
-    rngs = nnx.Rngs(params=stream_key(config.seed, "init"))
-    graphdef, variables = nnx.split(models.make_model(config.model, shape, classes, rngs))
-    params = nnx.to_pure_dict(variables)
+def create_state(config: Config, shape: Sequence[int], classes: int) -> TrainState:
+    """Return the state before the first step, for images of ``shape`` (height, width, channels)."""
+    init = stream_key(config.seed, "init")
+    module = models.make_model(config.model, shape, classes, nnx.Rngs(default=jax.random.fold_in(init, 1), params=init))
+    definition, params, buffers = split(module)
     return TrainState(
-        graphdef=graphdef,
+        definition=definition,
         step=jnp.int32(0),
         params=params,
+        buffers=buffers,
         opt_state=make_optimizer(config).init(params),
         ema=None if config.train.ema_decay is None else jax.tree.map(jnp.copy, params),
         epoch=Totals(*jnp.zeros(3)),
@@ -50,62 +61,123 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optim.make_optimizer(config.optimizer, config.train.length // config.optimizer.accumulate)
 
 
-def train_logits(
+def sum_over_devices(tree: Any, axis_name: str | None) -> Any:
+    """Return the sums of the arrays of ``tree`` over the devices that share a batch."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def augmented_images(
     config: Config,
-    graphdef: nnx.GraphDef,
-    params: Any,
-    images: UInt8[Array, "b h w 1"],
+    images: UInt8[Array, "b h w c"],
     step: int | Int[Array, ""],
     *,
     axis_name: str | None = None,
-) -> Float[Array, "b classes"]:
-    """Return the logits of a training step: with augmentation and dropout, computed in ``train.compute_dtype``.
+) -> Float[Array, "b h w c"]:
+    """Return the images in [0, 1], augmented as in step ``step``: the same in a shard as in a batch."""
+    offset = 0 if axis_name is None else jax.lax.axis_index(axis_name) * images.shape[0]
+    key = stream_key(config.seed, "augment", step)
+    return augment(config.data.augment, key, layers.normalise(images), offset=offset)
 
-    For ``axis_name`` see ``train_step``. Augmentation and dropout of an image are the same in a shard as in a batch.
+
+def forward(
+    config: Config,
+    state: TrainState,
+    params: Any,
+    images: Float[Array, "b h w c"],
+    weights: Float[Array, " b"],
+    *,
+    axis_name: str | None = None,
+) -> tuple[Float[Array, "b classes"], Any]:
+    """Return the logits of the model in training mode, computed in ``train.compute_dtype``, and its new buffers.
+
+    ``weights`` are those of the batch, for ``layers.BatchNorm``. For ``axis_name`` see ``train_step``.
     """
-    shard, num_shards = (0, 1) if axis_name is None else (jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name))
-    dtype, rate = config.train.compute_dtype, config.model.dropout
-    model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
-    key, x = stream_key(config.seed, "augment", step), layers.normalise(images)
-    x = augment(config.data.augment, key, x, offset=shard * images.shape[0]).astype(dtype)
-    if fields.is_zero(rate):
-        return model(x).astype(jnp.float32)
-    key, layer = stream_key(config.seed, "dropout", step), itertools.count()
+    dtype, shard = config.train.compute_dtype, 0 if axis_name is None else jax.lax.axis_index(axis_name)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    model = state.definition.merge(params, state.buffers, stream_key(config.seed, "dropout", state.step), shard)
+    model.train()
+    set_attributes = partial(model.set_attributes, raise_if_not_found=False)
+    set_attributes(SHARED, axis_name=axis_name)
+    set_attributes(layers.BatchNorm, weights=weights)
+    set_attributes(is_slow, conv_general_dilated=layers.conv_general_dilated)
+    logits = model(images.astype(dtype)).astype(jnp.float32)
+    set_attributes(layers.BatchNorm, weights=None)
+    _, _, buffers = split(model)
+    if logits.ndim != 2 or len(logits) != len(images):
+        expected = f"logits [{len(images)}, classes] for {len(images)} images"
+        raise UserError(f"the model must return {expected}, but returns {list(logits.shape)}")
+    if jax.tree.map(jnp.shape, buffers) != jax.tree.map(jnp.shape, state.buffers):
+        raise UserError("a call of the model changes the names or shapes of its variables: keep them the same")
+    return logits, jax.tree.map(lambda new, old: new.astype(old.dtype), buffers, state.buffers)
 
-    def dropout(values):
-        return layers.dropout(values, rate, jax.random.fold_in(key, next(layer)), shard=shard, num_shards=num_shards)
 
-    return model(x, dropout=dropout).astype(jnp.float32)
+def check_model(config: Config, state: TrainState, train: Split, classes: int, num_shards: int) -> None:
+    """Raise UserError if a model of the user's cannot be trained on batches of ``train`` in ``num_shards`` shards.
 
-
-def train_step(
-    config: Config, state: TrainState, batch: Batch, *, axis_name: str | None = None
-) -> tuple[TrainState, Metrics]:
-    """Update once by the mean gradient of the batch; return the new state and the metrics before the update.
-
-    With several devices, each calls this on its shard of the batch (equal shards, in order) with the ``axis_name`` over
-    which to sum losses, counts and gradients. The mean is over the images of the full batch.
+    The leaves of ``state`` may be shapes.
     """
+    if isinstance(config.model, MODELS):
+        return
+    images = jax.ShapeDtypeStruct((2, *train.images.shape[1:]), jnp.float32)
+    weights = jax.ShapeDtypeStruct((2,), jnp.float32)
+    logits, _ = jax.eval_shape(partial(forward, config), state, state.params, images, weights)
+    if logits.shape[1] != classes:
+        raise UserError(f"the model must return {classes} logits for each image, but returns {logits.shape[1]}")
+    uneven = config.train.batch_size % num_shards > 0
+    short = config.data.last_batch == "keep" and len(train.labels) % config.train.batch_size > 0
+    modules = [module for _, module in nnx.iter_modules(state.definition.merge(state.params, state.buffers))]
+    own = any(isinstance(module, nnx.BatchNorm) and not isinstance(module, layers.BatchNorm) for module in modules)
+    if own and (uneven or short):
+        raise UserError(
+            "nnx.BatchNorm would count the padding of incomplete batches: use flaxmnist.BatchNorm, or "
+            f"--data.last-batch drop with a train.batch_size divisible by {num_shards} devices"
+        )
 
-    def sum_over_devices(tree):
-        return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
-    images = sum_over_devices(jnp.sum(batch.weights))
+def gradient(
+    config: Config, state: TrainState, params: Any, batch: Batch, *, axis_name: str | None = None
+) -> tuple[Any, Totals, Any]:
+    """Return the gradient of the batch's mean loss at ``params``, the batch's totals, and the new buffers.
+
+    All are those of the full batch, on every device. For ``axis_name`` see ``train_step``.
+    """
+    images = sum_over_devices(jnp.sum(batch.weights), axis_name)
+    augmented = augmented_images(config, batch.images, state.step, axis_name=axis_name)
 
     def loss(params):
-        logits = train_logits(config, state.graphdef, params, batch.images, state.step, axis_name=axis_name)
+        logits, buffers = forward(config, state, params, augmented, batch.weights, axis_name=axis_name)
         # Padding must not affect the sums and the gradient, even if its loss is not finite.
         logits = jnp.where(batch.weights[:, None] > 0, logits, 0)
         losses = objective.cross_entropy(config.objective, logits, batch.labels)
         total, correct = jnp.sum(losses * batch.weights), objective.correct(logits, batch.labels)
-        return total / images, Totals(total, jnp.sum(correct * batch.weights), jnp.sum(batch.weights))
+        totals = Totals(total, jnp.sum(correct * batch.weights), jnp.sum(batch.weights))
+        return total / images, (totals, buffers)
 
-    gradients, totals = sum_over_devices(jax.grad(loss, has_aux=True)(state.params))
+    gradients, (totals, buffers) = jax.grad(loss, has_aux=True)(params)
+    gradients, totals = sum_over_devices((gradients, totals), axis_name)
+    return gradients, totals, mean_over_devices(buffers, axis_name)
+
+
+def mean_over_devices(buffers: Any, axis_name: str | None) -> Any:
+    """Return the means of the floating-point arrays of ``buffers``, which batch statistics leave unchanged."""
+    if axis_name is None:
+        return buffers
+    floating = partial(jnp.issubdtype, arg2=jnp.floating)
+    return jax.tree.map(lambda x: jax.lax.pmean(x, axis_name) if floating(x.dtype) else x, buffers)
+
+
+def update(
+    config: Config, state: TrainState, gradients: Any, totals: Totals, buffers: Any
+) -> tuple[TrainState, Metrics]:
+    """Update the state by the ``gradients`` of a batch with these ``totals``, and count the step.
+
+    Return also the metrics before the update. A step that is not finite may be left out, see ``train.skip_nonfinite``.
+    """
     norm = optax.tree.norm(gradients)
     unchanged = state = replace(state, step=state.step + 1)
     updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    state = replace(state, params=params, opt_state=opt_state, epoch=jax.tree.map(jnp.add, state.epoch, totals))
+    params, epoch = optax.apply_updates(state.params, updates), jax.tree.map(jnp.add, state.epoch, totals)
+    state = replace(state, params=params, buffers=buffers, opt_state=opt_state, epoch=epoch)
     if config.train.ema_decay is not None:
         # First the plain mean of all weights so far, until its 1/step falls below the moving average's 1 − decay.
         rate = jnp.maximum(1 - config.train.ema_decay, 1 / state.step)
@@ -116,7 +188,18 @@ def train_step(
     return state, Metrics(totals, state.epoch, norm)
 
 
-def take_batch(images: UInt8[Array, "n h w 1"], labels: Int32[Array, " n"], indices: Int32[Array, " b"]) -> Batch:
+def train_step(
+    config: Config, state: TrainState, batch: Batch, *, axis_name: str | None = None
+) -> tuple[TrainState, Metrics]:
+    """Update once by the mean gradient of the batch; return the new state and the metrics before the update.
+
+    With several devices, each calls this on its shard of the batch (equal shards, in order) with the ``axis_name`` over
+    which to sum losses, counts and gradients. The mean is over the images of the full batch.
+    """
+    return update(config, state, *gradient(config, state, state.params, batch, axis_name=axis_name))
+
+
+def take_batch(images: UInt8[Array, "n h w c"], labels: Int32[Array, " n"], indices: Int32[Array, " b"]) -> Batch:
     """Return the batch of the images at ``indices``; index −1 is padding of weight 0."""
     rows = jnp.maximum(indices, 0)
     return Batch(images[rows], labels[rows], (indices >= 0).astype(jnp.float32))
@@ -125,7 +208,7 @@ def take_batch(images: UInt8[Array, "n h w 1"], labels: Int32[Array, " n"], indi
 def train_steps(
     config: Config,
     state: TrainState,
-    images: UInt8[Array, "n h w 1"],
+    images: UInt8[Array, "n h w c"],
     labels: Int32[Array, " n"],
     indices: Int32[Array, "capacity b"],
     count: Int32[Array, ""],

@@ -16,7 +16,7 @@ from flaxmnist.config import Data
 from flaxmnist.data.downloads import obtain, sha256
 from flaxmnist.data.idx import ALTERNATIVE, read_idx
 from flaxmnist.data.photos import to_mnist_form
-from flaxmnist.errors import UserError
+from flaxmnist.errors import UserError, check_local
 from flaxmnist.fields import FieldType
 
 logger = logging.getLogger("flaxmnist")
@@ -72,6 +72,8 @@ def load_data(data: Data | str, data_dir: str | Path | None = None) -> Dataset:
     if isinstance(data, str):
         data = Data(name=data)  # pyright: ignore[reportArgumentType]
     FieldType(Data).check(data, "data")
+    if data_dir is not None:
+        check_local(data_dir)
     folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     match data.name:
         case "digits":

@@ -1,7 +1,6 @@
 """Predictions for any number of images, and exact scores."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from flaxmnist.core.layers import Images
+from flaxmnist.core.definition import Definition, split
+from flaxmnist.core.layers import Images, normalise
 from flaxmnist.devices import parallel
 from flaxmnist.errors import UserError
 
@@ -27,20 +27,25 @@ class Evaluation:
     confusion: Int[np.ndarray, "classes classes"]  # images by true class (row) and prediction (column)
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 def forward(
-    graphdef: nnx.GraphDef, params: Any, images: Images, indices: Int32[Array, "k m"]
+    definition: Definition, params: Any, buffers: Any, images: Images, indices: Int32[Array, "k m"]
 ) -> Float[Array, "k m classes"]:
     """Return the logits of the images at ``indices``, in batches of ``m``."""
-    model = nnx.merge(graphdef, params)
-    return jax.lax.map(lambda rows: model(images[rows]), indices)
+
+    def logits(rows: Int32[Array, " m"]) -> Float[Array, "m classes"]:
+        model = definition.merge(params, buffers)
+        model.eval()
+        return model(normalise(images[rows]))  # pyright: ignore[reportCallIssue]
+
+    return jax.lax.map(logits, indices)
 
 
 def predict_logits(model: nnx.Module, images: Images) -> Float[np.ndarray, "n classes"]:
-    """Return the logits of one or more images, without dropout, computed on all devices that hold the weights."""
+    """Return the logits of one or more images, in evaluation mode, computed on all devices that hold the weights."""
     if len(images) == 0:
         raise UserError("there are no images to predict: pass at least one")
-    graphdef, params = nnx.split(model)
+    definition, params, buffers = split(model)
     mesh = parallel.mesh_of(params)
     num_shards = 1 if mesh is None else mesh.shape[parallel.BATCH]
     size = num_shards * min(FORWARD_BATCH, -(-len(images) // num_shards))
@@ -50,7 +55,7 @@ def predict_logits(model: nnx.Module, images: Images) -> Float[np.ndarray, "n cl
     if mesh is not None:
         images = parallel.put(images, parallel.replicated(mesh))
         indices = parallel.put(indices, parallel.sharded(mesh, None, parallel.BATCH))
-    logits = forward(graphdef, params, images, indices)
+    logits = forward(definition, params, buffers, images, indices)
     if mesh is not None:
         logits = parallel.gather(logits, mesh)
     return np.asarray(logits).reshape(indices.size, -1)[: len(images)]

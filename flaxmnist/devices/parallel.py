@@ -35,17 +35,6 @@ def make_mesh(devices: int | None = None, model_parallel: int = 1) -> Mesh:
     return jax.make_mesh(shape, (BATCH, MODEL), (auto, auto), devices=available[:count])
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raise UserError unless a batch can be split into equal shards."""
-    num_shards = mesh.shape[BATCH]
-    lower = batch_size // num_shards * num_shards
-    if lower != batch_size:
-        nearest = f"{lower} or {lower + num_shards}" if lower else str(num_shards)
-        raise UserError(
-            f"train.batch_size {batch_size} is not divisible by {num_shards} devices: use {nearest}, or fewer --devices"
-        )
-
-
 def check_model(params: Any, mesh: Mesh) -> None:
     """Raise UserError if MODEL has several devices, but no parameter can be sharded over it."""
     count = mesh.shape[MODEL]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -50,12 +51,12 @@ def make_deterministic() -> None:
 
 def initial_state(config: Config, data: Dataset, mesh: Mesh) -> TrainState:
     """Return the state before the first step, sharded as in training."""
-    return _jit_create_state(config, data.train.images.shape[1:3], data.classes, mesh)()
+    return _jit_create_state(config, data.train.images.shape[1:], data.classes, mesh)()
 
 
 def state_shapes(config: Config, data: Dataset, mesh: Mesh) -> TrainState:
     """Return the shapes, dtypes and shardings of a state."""
-    shapes = jax.eval_shape(partial(steps.create_state, config, data.train.images.shape[1:3], data.classes))
+    shapes = jax.eval_shape(partial(steps.create_state, config, data.train.images.shape[1:], data.classes))
     shardings = parallel.state_shardings(shapes, mesh)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
@@ -63,7 +64,7 @@ def state_shapes(config: Config, data: Dataset, mesh: Mesh) -> TrainState:
 
 
 @functools.lru_cache(maxsize=2)
-def _jit_create_state(config: Config, shape: tuple[int, int], classes: int, mesh: Mesh) -> Callable[[], TrainState]:
+def _jit_create_state(config: Config, shape: tuple[int, ...], classes: int, mesh: Mesh) -> Callable[[], TrainState]:
     create = partial(steps.create_state, config, shape, classes)
     return jax.jit(create, out_shardings=parallel.state_shardings(jax.eval_shape(create), mesh))
 
@@ -78,15 +79,17 @@ class Program:
 
     def __init__(self, config: Config, state: TrainState, train: Split, mesh: Mesh, backend: Backend = "jit"):
         self.config, self.train = config, train
-        batch_size = config.train.batch_size
-        self.capacity = min(MAX_STEPS, config.train.length, max(1, MAX_IMAGES // batch_size))
+        # Equal shards, of which the last ones end in padding if the batch does not divide.
+        num_shards = mesh.shape[parallel.BATCH]
+        padded_size = -(-config.train.batch_size // num_shards) * num_shards
+        self.capacity = min(MAX_STEPS, config.train.length, max(1, MAX_IMAGES // padded_size))
         self.replicated, self.batch_sharding = parallel.replicated(mesh), parallel.sharded(mesh, None, parallel.BATCH)
         # jit takes the indices of a step's batch as one row, pmap as one row per device.
-        self.batch_shape = (batch_size,) if backend == "jit" else (mesh.size, batch_size // mesh.size)
+        self.batch_shape = (padded_size,) if backend == "jit" else (num_shards, padded_size // num_shards)
         if backend == "jit":
             state_shardings = parallel.state_shardings(state, mesh)
             function = partial(steps.train_steps, config)
-            if mesh.shape[parallel.BATCH] > 1:
+            if num_shards > 1:
                 # Shard explicitly, as pmap does. By itself, XLA splits the groups that a convolution's gradient sums
                 # over, and exchanges images: quickstart has 138 steps/s on two CPU devices, and 235 in this form.
                 function = jax.shard_map(
@@ -116,9 +119,11 @@ class Program:
         self.bytes = memory_bytes(self.compiled)
 
     def step_arguments(self, start: int, count: int) -> tuple[Array, Array]:
-        """Return the batch indices of ``count`` steps from ``start``, padded to ``capacity``, and ``count``."""
-        indices = np.zeros((self.capacity, self.config.train.batch_size), np.int32)
-        indices[:count] = order.batch_indices(self.config, len(self.train.labels), start, start + count)
+        """Return the batch indices of ``count`` steps from ``start``, with padding steps and images, and ``count``."""
+        indices = np.full((self.capacity, math.prod(self.batch_shape)), -1, np.int32)
+        indices[:count, : self.config.train.batch_size] = order.batch_indices(
+            self.config, len(self.train.labels), start, start + count
+        )
         indices = parallel.put(indices.reshape(self.capacity, *self.batch_shape), self.batch_sharding)
         return indices, parallel.put(np.array(count, np.int32), self.replicated)
 
@@ -159,7 +164,7 @@ class TrialProgram:
             return traced
 
         def create(seed, values):
-            return steps.create_state(trial_config(seed, values), data.train.images.shape[1:3], data.classes)
+            return steps.create_state(trial_config(seed, values), data.train.images.shape[1:], data.classes)
 
         def advance(seed, values, state, indices, images, labels, count):
             return steps.train_steps(trial_config(seed, values), state, images, labels, indices, count)
@@ -223,7 +228,8 @@ def without_trial_axis(function: Callable[..., Any], per_trial: tuple[bool, ...]
 @partial(jax.jit, static_argnums=0)
 def train_logits(config: Config, state: TrainState, images: Array) -> Float[Array, "b classes"]:
     """Return the logits that the next training step computes for ``images``, with dropout and augmentation."""
-    return steps.train_logits(config, state.graphdef, state.params, images, state.step)
+    weights = jnp.ones(len(images))
+    return steps.forward(config, state, state.params, steps.augmented_images(config, images, state.step), weights)[0]
 
 
 class StepCost(NamedTuple):
@@ -235,7 +241,7 @@ class StepCost(NamedTuple):
 
 def step_cost(config: Config, data: Dataset) -> StepCost:
     """Return XLA's cost estimate for one step of ``config``, whose length must be in steps."""
-    state = jax.eval_shape(partial(steps.create_state, config, data.train.images.shape[1:3], data.classes))
+    state = jax.eval_shape(partial(steps.create_state, config, data.train.images.shape[1:], data.classes))
     indices = jax.ShapeDtypeStruct((config.train.batch_size,), np.int32)
     batch = jax.eval_shape(steps.take_batch, *data.train, indices)
     lowered = jax.jit(partial(steps.train_step, config), donate_argnums=0).lower(state, batch)

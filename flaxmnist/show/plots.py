@@ -172,7 +172,7 @@ def accuracies(runs: Mapping[str, Run]) -> "Figure":
 # --- Models ---------------------------------------------------------------------------------------------------------
 
 
-def weights(model: nnx.Module, shape: tuple[int, int] = (28, 28)) -> "Figure":
+def weights(model: nnx.Module, shape: Sequence[int] = (28, 28, 1)) -> "Figure":
     """Draw the weights of the first layer: the filters of a CNN, or the first units of an MLP.
 
     Softmax regression has one image per class: blue is evidence for the class, red is evidence against it. Raise

@@ -11,11 +11,12 @@ import numpy as np
 from jaxtyping import Float
 
 from flaxmnist import fields
+from flaxmnist.config import Config
 from flaxmnist.core.models import CNN, Softmax
 from flaxmnist.data.sets import Dataset, Split
 from flaxmnist.devices import evaluation
 from flaxmnist.devices.evaluation import Evaluation
-from flaxmnist.errors import UserError
+from flaxmnist.errors import UserError, check_local
 from flaxmnist.show import canvas, plots, text
 from flaxmnist.store.load import Run, load_run, load_training_data
 from flaxmnist.sweeps.folder import load_sweep
@@ -41,13 +42,17 @@ class Section(NamedTuple):
     pictures: Iterable[Picture]
 
 
-def write(workdirs: Sequence[Path], out: Path | None = None, data_dir: Path | None = None) -> tuple[Path, list[Path]]:
+def write(
+    workdirs: Sequence[Path], out: Path | None = None, data_dir: Path | None = None, config: Config | None = None
+) -> tuple[Path, list[Path]]:
     """Write ``report.html``, and each picture to ``plots/``; return their paths.
 
-    ``out`` defaults to the folder of the run or sweep, or to the common parent of several runs. Raise UserError if a
-    folder is neither run nor sweep or is damaged, if one of several is a sweep, if the data cannot be loaded, or if
-    ``out`` cannot be written to.
+    ``out`` defaults to the folder of the run or sweep, or to the common parent of several runs. For ``config`` see
+    ``load_run``. Raise UserError if a folder is neither run nor sweep or is damaged, if one of several is a sweep, if
+    the data cannot be loaded, or if ``out`` cannot be written to.
     """
+    if out is not None:
+        check_local(out)
     sweep_folders = [folder for folder in workdirs if os.path.exists(folder / "sweep.json")]
     if sweep_folders and len(workdirs) > 1:
         raise UserError(f"{sweep_folders[0]} is a sweep: pass only this folder, or only runs to compare")
@@ -55,12 +60,13 @@ def write(workdirs: Sequence[Path], out: Path | None = None, data_dir: Path | No
         return write_sweep(load_sweep(sweep_folders[0]), sweep_folders[0], out)
     if len(workdirs) == 1:
         (folder,) = workdirs
-        return save(folder.resolve().name, run_sections(folder, load_run(folder), data_dir), out or folder)
+        run = load_run(folder, config=config)
+        return save(folder.resolve().name, run_sections(folder, run, data_dir), out or folder)
     parents = {folder.resolve().parent for folder in workdirs}
     if out is None and len(parents) > 1:
         raise UserError("the runs are in several folders: pass --out")
     common = Path(os.path.commonpath(parents))
-    runs = {str(folder.resolve().relative_to(common)): load_run(folder) for folder in workdirs}
+    runs = {str(folder.resolve().relative_to(common)): load_run(folder, config=config) for folder in workdirs}
     if len(runs) < len(workdirs):
         raise UserError("a run is listed twice: pass each run once")
     return save(f"{len(runs)} runs", comparison_sections(runs), out or common)
@@ -77,7 +83,7 @@ def write_sweep(sweep: Sweep, folder: Path, out: Path | None = None) -> tuple[Pa
 
 def run_sections(folder: Path, run: Run, data_dir: Path | None) -> Iterator[Section]:
     """Yield the sections for one run, evaluated on the test images if it is finished, else on the validation images."""
-    data = load_training_data(folder, run.config, run.data, data_dir)
+    data = load_training_data(folder, run.config.data, run.data, data_dir)
     yield Section("Result", "\n".join(f"{name:<20} {value}" for name, value in facts(run).items()), [])
     yield Section("Training", "", training_pictures(run))
     split_name, split = ("test", data.test) if run.result else ("validation", data.validation)

@@ -50,7 +50,6 @@ class Trainer:
     """The training path of ``fit``, starting at step 0."""
 
     def __init__(self, config: Config, data: Dataset, mesh: Mesh, backend: program.Backend = "jit"):
-        parallel.check_batch(config.train.batch_size, mesh)
         self.state, self.step = program.initial_state(config, data, mesh), 0
         images = program.put_split(data.train, mesh)
         start = time.perf_counter()
@@ -229,7 +228,7 @@ def matrix_rate() -> float:
 
 def evaluation_speed(config: Config, data: Dataset) -> float:
     """Return the test images per second, from images to logits, both in host memory."""
-    model = steps.create_state(config, data.train.images.shape[1:3], data.classes).model
+    model = steps.create_state(config, data.train.images.shape[1:], data.classes).model
     evaluation.predict_logits(model, data.test.images)
     seconds = [time_of(lambda: evaluation.predict_logits(model, data.test.images)) for _ in range(ROUNDS)]
     return len(data.test.labels) / median(seconds)

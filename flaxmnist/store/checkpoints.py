@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,13 @@ from flaxmnist.store import manifest
 from flaxmnist.store.manifest import CheckpointInfo, Saved, best, steps
 
 ARRAYS = ("step", "params", "opt_state", "ema", "epoch")
+
+
+def arrays_of(state: TrainState) -> dict[str, Any]:
+    """Return the arrays of a state by name, without buffers if the model has none, as before there were any."""
+    arrays = {name: getattr(state, name) for name in ARRAYS}
+    return arrays | {"buffers": state.buffers} if state.buffers else arrays
+
 
 LIBC = ctypes.CDLL(None)
 
@@ -49,7 +57,7 @@ def quiet_orbax() -> Iterator[None]:
 @quiet_orbax()
 def restore(folder: Path, step: int, like: TrainState) -> TrainState:
     """Load the state at ``step`` with the shardings of ``like``. Raise UserError if shapes or types differ from it."""
-    arrays = {name: getattr(like, name) for name in ARRAYS}
+    arrays = arrays_of(like)
     try:
         with contextlib.closing(ocp.Checkpointer(ocp.StandardCheckpointHandler())) as checkpointer:
             restored = checkpointer.restore(folder.absolute() / str(step), args=ocp.args.StandardRestore(arrays))
@@ -59,7 +67,7 @@ def restore(folder: Path, step: int, like: TrainState) -> TrainState:
             f"checkpoint {folder / str(step)} belongs to another model: pass its experiment, or --overwrite to start "
             f"from scratch ({reason})"
         ) from error
-    return TrainState(graphdef=like.graphdef, **restored)
+    return replace(like, **restored)
 
 
 class Checkpoints:
@@ -89,7 +97,7 @@ class Checkpoints:
         """Wait for the previous checkpoint, then start to save in the background. Raise OSError on failure."""
         self.wait()
         # A copy, because the state is donated to the next call of the training program.
-        arrays = {name: jax.tree.map(jnp.copy, getattr(state, name)) for name in ARRAYS}
+        arrays = jax.tree.map(jnp.copy, arrays_of(state))
         self.saving = Saved(int(state.step), info, records)
         needed = len(records) + sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         try:

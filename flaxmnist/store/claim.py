@@ -3,12 +3,13 @@
 import itertools
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from flaxmnist import fields
 from flaxmnist.console import logger
-from flaxmnist.errors import UserError
+from flaxmnist.errors import UserError, check_local
 from flaxmnist.store import manifest
 from flaxmnist.store.files import read_json, write_error
 from flaxmnist.store.lock import Lock
@@ -61,6 +62,7 @@ def claim(folder: Path, lock: Lock, layout: Layout, *, resume: bool, overwrite: 
     Raise UserError if the folder is not empty and neither ``resume`` nor ``overwrite`` is set, if it is of another
     kind, or if another process holds the lock.
     """
+    check_local(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir()}
@@ -97,7 +99,7 @@ def claim_run(
     if "config.json" not in names and not manifest.steps(checkpoints):
         return False, None
     saved = manifest.newest(checkpoints)
-    previous = read_run_info(folder, saved)
+    previous = read_run_info(folder, saved, fields.user_classes(run.config))
     changed = compare(previous, run, folder, allow_config_change)
     if saved is None:
         if manifest.steps(checkpoints):
@@ -109,15 +111,18 @@ def claim_run(
     return "result.json" in names and is_intact(folder, saved) and same, saved.step
 
 
-def read_run_info(folder: Path, saved: Saved | None) -> RunInfo:
-    """Load ``config.json``, or its copy in the checkpoint ``saved`` if the file is damaged or missing."""
+def read_run_info(folder: Path, saved: Saved | None, classes: Iterable[type]) -> RunInfo:
+    """Load ``config.json``, or its copy in the checkpoint ``saved`` if the file is damaged or missing.
+
+    ``classes`` are the user's that the config may contain.
+    """
     try:
-        return read_json(folder / "config.json", RunInfo)
+        return read_json(folder / "config.json", RunInfo, classes)
     except UserError as error:
-        if saved is None:
+        if saved is None or isinstance(error, fields.UnknownClass):
             raise
         logger.warning("%s: using its copy in the checkpoint at step %d", error, saved.step)
-        return saved.info.run
+        return fields.from_json(saved.info.run, RunInfo, classes)
 
 
 def compare(previous: RunInfo, run: RunInfo, folder: Path, allow_change: bool) -> bool:

@@ -7,9 +7,10 @@ CPU, CUDA and TPU. JAX guarantees that versions of the next six months can read 
 import hashlib
 import importlib.util
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,19 +18,22 @@ from flax import nnx
 from jaxtyping import Float, UInt8
 
 from flaxmnist import fields
-from flaxmnist.config import Config
+from flaxmnist.config import Config, Data
 from flaxmnist.core import models
+from flaxmnist.core.layers import normalise
 from flaxmnist.devices import evaluation
-from flaxmnist.errors import UserError
+from flaxmnist.errors import UserError, check_local
 from flaxmnist.store.files import read_json, write_file, write_json
-from flaxmnist.store.load import Trained, get_split, load_training_data
+from flaxmnist.store.load import Trained, classes_of, get_split, load_training_data
 from flaxmnist.store.provenance import DataInfo
+
+Content = TypeVar("Content")
 
 SUFFIXES = (".safetensors", ".stablehlo")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 # A script of ten lines that does not need flaxmnist.
-LOADER = '''"""python load.py IMAGES.npy (uint8 [n, {height}, {width}, 1], white on black), with jax and flatbuffers."""
+LOADER = '''"""python load.py IMAGES.npy (uint8 {shape}, white on black), with jax and flatbuffers."""
 import sys
 from pathlib import Path
 
@@ -48,7 +52,7 @@ for start in range(0, len(images), 250):  # all at once might take gigabytes of 
 class ExportInfo:
     """The content of model.json, next to the exported models."""
 
-    config: Config
+    config: dict[str, Any]  # a Config as JSON, so that reading needs none of the user's classes
     data: DataInfo
     step: int
     jax: str  # version
@@ -62,15 +66,17 @@ def write(trained: Trained, folder: Path) -> list[Path]:
     SHA-256 of both models. Raise UserError if the extra is not installed, or ``folder`` cannot be written to.
     """
     check_extra("an export")
+    check_local(folder)
     from safetensors.numpy import save
 
     source: dict[str, Any] = {"config": trained.config, "data": trained.data, "step": int(trained.state.step)}
-    weights = fields.flatten(jax.device_get(trained.state.weights))
-    height, width = trained.data.shape
+    state = jax.device_get(trained.state)
+    weights = fields.flatten(state.weights) | fields.flatten(state.buffers)
+    shape = ", ".join(map(str, ("n", *trained.data.shape)))
     contents = {
         "model.safetensors": save(weights, {"flaxmnist": json.dumps(fields.to_json(source))}),
         "model.stablehlo": stablehlo(trained.model, trained.data.shape),
-        "load.py": LOADER.format(height=height, width=width, classes=trained.data.classes).encode(),
+        "load.py": LOADER.format(shape=f"[{shape}]", classes=trained.data.classes).encode(),
     }
     digests = {suffix: sha256(contents[f"model{suffix}"]) for suffix in SUFFIXES}
     try:
@@ -79,21 +85,23 @@ def write(trained: Trained, folder: Path) -> list[Path]:
             raise UserError(f"{folder} has a load.py that is not part of an export: pass another --out")
         for name, content in contents.items():
             write_file(folder / name, content)
-        write_json(folder / "model.json", ExportInfo(**source, jax=jax.__version__, sha256=digests))
+        config = fields.to_json(trained.config)
+        info = ExportInfo(config=config, data=trained.data, step=source["step"], jax=jax.__version__, sha256=digests)
+        write_json(folder / "model.json", info)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; pass another --out") from None
     return [folder / name for name in (*contents, "model.json")]
 
 
-def stablehlo(model: nnx.Module, shape: tuple[int, int]) -> bytes:
-    """Return the program that maps images, uint8 [n, *shape, 1], to logits, float32 [n, classes], for any n ≥ 1."""
+def stablehlo(model: nnx.Module, shape: tuple[int, ...]) -> bytes:
+    """Return the program that maps images, uint8 [n, *shape], to logits, float32 [n, classes], for any n ≥ 1."""
     from jax import export
 
     def logits(images):
-        return model(images)  # pyright: ignore[reportCallIssue]
+        return model(normalise(images))  # pyright: ignore[reportCallIssue]
 
     (count,) = export.symbolic_shape("n")
-    images = jax.ShapeDtypeStruct((count, *shape, 1), np.uint8)
+    images = jax.ShapeDtypeStruct((count, *shape), np.uint8)
     name = "jax_traceback_in_locations_limit"
     before = jax.config.values[name]
     # Tracebacks would put local paths into the file, and make each export of a run different.
@@ -104,19 +112,22 @@ def stablehlo(model: nnx.Module, shape: tuple[int, int]) -> bytes:
         jax.config.update(name, before)
 
 
-def evaluate(file: Path, split: str = "test", data_dir: str | Path | None = None) -> evaluation.Evaluation:
+def evaluate(
+    file: Path, split: str = "test", data_dir: str | Path | None = None, config: Config | None = None
+) -> evaluation.Evaluation:
     """Evaluate the model in ``file``, which ends in one of SUFFIXES, on a split of the data it was trained on.
 
     Needs the model.json of the same export. Results from safetensors are bitwise identical to those of the run folder;
-    logits from StableHLO agree to 1e-5 of the largest. Raise UserError if a file is missing or damaged, if the extra is
-    not installed, or if ``data_dir`` holds other data.
+    logits from StableHLO agree to 1e-5 of the largest. Weights of a model of your own need a ``config`` with its class.
+    Raise UserError if a file is missing or damaged, if the extra is not installed, or if ``data_dir`` holds other data.
     """
     check_extra(f"reading {file}")
     content, info = read_export(file)
-    images, labels = get_split(file, load_training_data(file, info.config, info.data, data_dir), split)
+    data_config = read_config(file, info.config.get("data"), Data)
+    images, labels = get_split(file, load_training_data(file, data_config, info.data, data_dir), split)
     if file.suffix == ".stablehlo":
         return evaluation.score_logits(predict_logits(file, content, info, images), labels)
-    return evaluation.evaluate(load_model(file, content, info), images, labels)
+    return evaluation.evaluate(load_model(file, content, info, config), images, labels)
 
 
 def read_export(file: Path) -> tuple[bytes, ExportInfo]:
@@ -134,7 +145,17 @@ def read_export(file: Path) -> tuple[bytes, ExportInfo]:
     return content, info
 
 
-def load_model(file: Path, content: bytes, info: ExportInfo) -> nnx.Module:
+def read_config(file: Path, values: Any, kind: type[Content], classes: Iterable[type] = ()) -> Content:
+    """Return a part of the config of an exported model. Raise UserError if it is damaged, or a class is missing."""
+    try:
+        return fields.from_json(values, kind, classes)
+    except fields.UnknownClass as error:
+        raise UserError(f"{file}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{file.with_suffix('.json')} is damaged: {error}") from None
+
+
+def load_model(file: Path, content: bytes, info: ExportInfo, config: Config | None) -> nnx.Module:
     """Return the model of a run with the weights of a safetensors file. Raise UserError if they do not fit."""
     from safetensors.numpy import load
 
@@ -143,13 +164,14 @@ def load_model(file: Path, content: bytes, info: ExportInfo) -> nnx.Module:
     except Exception as error:  # safetensors raises several types
         raise UserError(f"{file} is not a safetensors file: {one_line(error)}") from None
     try:
-        return models.with_weights(info.config.model, info.data.shape, info.data.classes, weights)
+        model = read_config(file, info.config, Config, classes_of(config)).model
+        return models.with_weights(model, info.data.shape, info.data.classes, weights)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
 
 def predict_logits(
-    file: Path, content: bytes, info: ExportInfo, images: UInt8[np.ndarray, "n h w 1"]
+    file: Path, content: bytes, info: ExportInfo, images: UInt8[np.ndarray, "n h w c"]
 ) -> Float[np.ndarray, "n classes"]:
     """Run the program of a StableHLO file on each image. Raise UserError if it fails or returns anything but logits."""
     from jax import export

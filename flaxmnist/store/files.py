@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -37,8 +37,11 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(fields.to_json(value), indent=2, allow_nan=False).encode() + b"\n")
 
 
-def read_json(path: Path, kind: type[Content]) -> Content:
-    """Load the dataclass ``kind`` that ``write_json`` wrote. Raise UserError if ``path`` is missing or damaged."""
+def read_json(path: Path, kind: type[Content], classes: Iterable[type] = ()) -> Content:
+    """Load the dataclass ``kind`` that ``write_json`` wrote, which may contain the user's ``classes``.
+
+    Raise UserError if ``path`` is missing or damaged, or if a class is missing.
+    """
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
@@ -46,7 +49,9 @@ def read_json(path: Path, kind: type[Content]) -> Content:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     try:
-        return fields.from_json(values, kind)
+        return fields.from_json(values, kind, classes)
+    except fields.UnknownClass as error:
+        raise fields.UnknownClass(f"{path}: {error}") from None
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from None
 

@@ -11,13 +11,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, UInt8
 
-from flaxmnist.config import Config
+from flaxmnist import fields
+from flaxmnist.config import Config, Data
 from flaxmnist.core import steps
 from flaxmnist.core.state import TrainState
 from flaxmnist.data import order, photos
 from flaxmnist.data.sets import Dataset, Split, load_data
 from flaxmnist.devices import evaluation
-from flaxmnist.errors import UserError
+from flaxmnist.errors import UserError, check_local
 from flaxmnist.store import manifest
 from flaxmnist.store.claim import read_run_info
 from flaxmnist.store.files import read_json
@@ -53,16 +54,23 @@ class Run(Trained):
     result: Result | None = field(repr=False)  # the content of result.json; None unless the run ended with this state
 
 
-def load_checkpoint(workdir: str | Path, which: str = "latest") -> Trained:
+def classes_of(config: Config | None) -> set[type]:
+    """Return the user's classes in ``config``, which are needed to read the files of a run with the same classes."""
+    return set() if config is None else fields.user_classes(config)
+
+
+def load_checkpoint(workdir: str | Path, which: str = "latest", config: Config | None = None) -> Trained:
     """Load the checkpoint ``which`` of the run in ``workdir``: "latest", "best" or a step.
 
-    Only the run folder is needed. Raise UserError if it has no such checkpoint.
+    Only the run folder is needed, and for a model of your own any ``config`` with its class. Raise UserError if it has
+    no such checkpoint.
     """
     from flaxmnist.store.checkpoints import restore
 
+    check_local(workdir)
     folder = Path(workdir)
     saved = manifest.find(folder / "checkpoints", which)
-    run = read_run_info(folder, saved)
+    run = read_run_info(folder, saved, classes_of(config))
     if saved is None:
         raise UserError(f"{folder} has no intact checkpoint: continue training with --resume")
     # On one device, whatever devices it was saved from.
@@ -72,12 +80,13 @@ def load_checkpoint(workdir: str | Path, which: str = "latest") -> Trained:
     return Trained(run.config, restore(folder / "checkpoints", saved.step, like), run.data)
 
 
-def load_run(workdir: str | Path, which: str = "latest") -> Run:
+def load_run(workdir: str | Path, which: str = "latest", *, config: Config | None = None) -> Run:
     """Load the run in ``workdir`` with the checkpoint ``which``: "latest", "best" or a step.
 
-    Only the run folder is needed. Raise UserError if it has no such checkpoint, or if its files are damaged.
+    Only the run folder is needed, and for a model of your own any ``config`` with its class. Raise UserError if it has
+    no such checkpoint, or if its files are damaged.
     """
-    folder, trained = Path(workdir), load_checkpoint(workdir, which)
+    folder, trained = Path(workdir), load_checkpoint(workdir, which, config)
     result = read_json(folder / "result.json", Result) if (folder / "result.json").exists() else None
     if result is not None and result.steps != trained.state.step:
         result = None
@@ -85,24 +94,28 @@ def load_run(workdir: str | Path, which: str = "latest") -> Run:
 
 
 def evaluate_run(
-    workdir: str | Path, which: str = "latest", split: str = "test", data_dir: str | Path | None = None
+    workdir: str | Path,
+    which: str = "latest",
+    split: str = "test",
+    data_dir: str | Path | None = None,
+    config: Config | None = None,
 ) -> evaluation.Evaluation:
     """Evaluate the checkpoint ``which`` on a split of the data set that it was trained on.
 
-    Raise UserError if ``data_dir`` contains another data set.
+    Raise UserError if ``data_dir`` contains another data set. For ``config`` see ``load_run``.
     """
-    trained = load_checkpoint(workdir, which)
-    data = load_training_data(workdir, trained.config, trained.data, data_dir)
+    trained = load_checkpoint(workdir, which, config)
+    data = load_training_data(workdir, trained.config.data, trained.data, data_dir)
     return evaluation.evaluate(trained.model, *get_split(workdir, data, split))
 
 
-def load_training_data(trained: str | Path, config: Config, expected: DataInfo, data_dir: str | Path | None) -> Dataset:
+def load_training_data(trained: str | Path, config: Data, expected: DataInfo, data_dir: str | Path | None) -> Dataset:
     """Load the data set that ``trained``, a folder or a file, was trained on.
 
     Raise UserError if the source or the classes in ``data_dir`` differ from ``expected``, the saved description.
     """
     # The loader names the choices if a damaged description names an unknown data set.
-    data = load_data(replace(config.data, name=expected.name), data_dir)  # pyright: ignore[reportArgumentType]
+    data = load_data(replace(config, name=expected.name), data_dir)  # pyright: ignore[reportArgumentType]
     if (data.source, data.classes) != (expected.source, expected.classes):
         raise UserError(
             f"{trained} was trained on {expected.source} with {expected.classes} classes, but this data set is "
@@ -128,11 +141,16 @@ class FilePrediction(NamedTuple):
     probabilities: Float[np.ndarray, " classes"]
 
 
-def predict_files(workdir: str | Path, paths: Iterable[str | Path], which: str = "latest") -> list[FilePrediction]:
-    """Predict the digits in image files and folders of them. Raise UserError for an image without a digit."""
-    trained = load_checkpoint(workdir, which)
-    if trained.data.shape != (28, 28):
-        raise UserError(f"{workdir} was trained on images of {list(trained.data.shape)} pixels: use a model for 28×28")
+def predict_files(
+    workdir: str | Path, paths: Iterable[str | Path], which: str = "latest", config: Config | None = None
+) -> list[FilePrediction]:
+    """Predict the digits in image files and folders of them. Raise UserError for an image without a digit.
+
+    For ``config`` see ``load_run``.
+    """
+    trained = load_checkpoint(workdir, which, config)
+    if trained.data.shape != (28, 28, 1):
+        raise UserError(f"{workdir} was trained on images of {list(trained.data.shape)}: use a model for [28, 28, 1]")
     files = photos.find_images(paths)
     images = np.stack([photos.read_digit(file) for file in files])
     classes, probabilities = evaluation.predict(trained.model, images)

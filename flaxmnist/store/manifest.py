@@ -14,7 +14,6 @@ from typing import Any
 from flaxmnist import fields
 from flaxmnist.console import logger
 from flaxmnist.errors import UserError
-from flaxmnist.store.provenance import RunInfo
 
 NAME, RECORDS = "manifest.json", "records.jsonl"
 
@@ -35,7 +34,7 @@ class CheckpointInfo:
 
     accuracy: float | None  # on the validation images, if they were evaluated at this step
     seconds: dict[str, float]  # spent by the run so far, by activity
-    run: RunInfo
+    run: dict[str, Any]  # a RunInfo as JSON, so that reading needs none of the user's classes
 
 
 @dataclass(frozen=True)

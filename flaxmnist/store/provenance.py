@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from flaxmnist.config import Config
 from flaxmnist.data.sets import Dataset
+from flaxmnist.errors import UserError
 from flaxmnist.fields import In
 
 Positive = Annotated[int, In(1)]
@@ -24,16 +25,21 @@ class DataInfo:
     name: str
     source: str  # its files, with their SHA-256
     classes: Positive
-    shape: tuple[Positive, Positive]  # of an image: height, width
+    shape: tuple[Positive, ...]  # of an image: height, width, channels; [28, 28] in old files means [28, 28, 1]
     train: Positive  # images
     validation: Annotated[int, In(0)]
     test: Positive
 
+    def __post_init__(self):
+        if len(self.shape) not in (2, 3):
+            raise UserError(f"data.shape must be height, width and channels, but is {list(self.shape)}")
+        object.__setattr__(self, "shape", (*self.shape, 1)[:3])
+
     @classmethod
     def of(cls, data: Dataset) -> "DataInfo":
         sizes = {name: 0 if split is None else len(split.labels) for name, split in data.splits().items()}
-        _, height, width, _ = data.train.images.shape
-        return cls(name=data.name, source=data.source, classes=data.classes, shape=(height, width), **sizes)
+        shape = data.train.images.shape[1:]
+        return cls(name=data.name, source=data.source, classes=data.classes, shape=shape, **sizes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from flaxmnist import fields
 from flaxmnist.console import Clock, logger
 from flaxmnist.core import models
 from flaxmnist.core.state import TrainState
@@ -75,7 +75,7 @@ class NoFolder:
     def update(self) -> None:
         """Write new records, and warn if saving in the background has failed."""
 
-    def draw(self, state: TrainState, split: str, evaluation: Evaluation, shape: tuple[int, int]) -> None:
+    def draw(self, state: TrainState, split: str, evaluation: Evaluation, shape: tuple[int, ...]) -> None:
         """Write pictures of the confusion matrix of ``split`` and of the first layer's weights as events."""
 
     def save(self, state: TrainState) -> None:
@@ -136,15 +136,15 @@ class RunFolder(NoFolder):
         if self.retry_at is None:
             self.attempt(self.checkpoints.check)
 
-    def draw(self, state: TrainState, split: str, evaluation: Evaluation, shape: tuple[int, int]) -> None:
-        step, weights = int(state.step), state.weights
+    def draw(self, state: TrainState, split: str, evaluation: Evaluation, shape: tuple[int, ...]) -> None:
+        step = int(state.step)
         if jax.process_count() > 1:
-            mesh = parallel.mesh_of(weights)
+            mesh = parallel.mesh_of(state.params)
             assert mesh is not None
-            weights = parallel.gather(weights, mesh)
+            state = parallel.gather(state, mesh)
         if self.events is not None:
             self.events.draw(step, f"{split}/confusion", tensorboard.confusion_picture(evaluation.confusion))
-            pictures = models.first_weights(nnx.merge(state.graphdef, weights), shape)
+            pictures = models.first_weights(state.model, shape)
             if pictures is not None:
                 self.events.draw(step, "weights", tensorboard.mosaic(pictures))
 
@@ -212,7 +212,7 @@ class RunFolder(NoFolder):
     def save_to(self, checkpoints: "Checkpoints", state: TrainState) -> None:
         last = self.records.last("validation")
         accuracy = last["accuracy"] if last and last["step"] == int(state.step) else None
-        info = CheckpointInfo(accuracy=accuracy, seconds=dict(self.clock.seconds), run=self.run)
+        info = CheckpointInfo(accuracy=accuracy, seconds=dict(self.clock.seconds), run=fields.to_json(self.run))
         checkpoints.save(state, info, bytes(self.records.text))
 
     def rescue(self, state: TrainState, elsewhere: Path) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,15 @@ class SweepFolder:
         self.path, self.info, self.lock, self.saved_at = path, info, Lock(), time.monotonic()
         self.results: dict[int, TrialResult] = {}  # by index of the trial
         self.curves: dict[int, list[Point]] = {}
-        self.unsaved_weights: dict[int, Any] = {}  # as nested dicts
+        self.unsaved_weights: dict[int, dict[str, Any]] = {}  # by dotted name
         self.unwritten: dict[str, dict[str, np.ndarray]] = {}  # arrays by file name
         self.seconds = self.unsaved_seconds = 0.0  # of training
 
     def load(self, path: Path, resume: bool, overwrite: bool) -> None:
         """Claim ``path`` and load its finished trials. Raise UserError if they are those of another sweep."""
         if "sweep.json" in claim(path, self.lock, SWEEP, resume=resume, overwrite=overwrite):
-            old, new = (fields.to_json(each) for each in (read_json(path / "sweep.json", SweepInfo), self.info))
+            previous = read_json(path / "sweep.json", SweepInfo, fields.user_classes(self.info))
+            old, new = fields.to_json(previous), fields.to_json(self.info)
             changed = ", ".join(name for name in new if name not in MAY_DIFFER and old[name] != new[name])
             if changed:
                 raise UserError(f"{path} was started with different {changed}: use the same, or another --workdir")
@@ -104,7 +105,7 @@ class SweepFolder:
         for row, index in enumerate(trained.indices):
             self.results[index], self.curves[index] = trained.result(row), trained.curves[row]
             if self.path is not None:
-                self.unsaved_weights[index] = jax.device_get(trained.trial_state(row).weights)
+                self.unsaved_weights[index] = jax.device_get(trained.weights(row))
         self.seconds += trained.seconds
         self.unsaved_seconds += trained.seconds
         if self.is_save_due():
@@ -169,9 +170,8 @@ class SweepFolder:
             "seconds": np.array(self.unsaved_seconds),
         }
         part |= {f"curves.{name}": column for name, column in concatenate(self.curves, indices).items()}
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *self.unsaved_weights.values())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
-            part[f"weights.{jax.tree_util.keystr(path, simple=True, separator='.')}"] = leaf
+        for name in self.unsaved_weights[indices[0]]:
+            part[f"weights.{name}"] = np.stack([weights[name] for weights in self.unsaved_weights.values()])
         return part
 
     def write(self) -> None:
@@ -216,12 +216,12 @@ def load_sweep(folder: Path) -> Sweep:
     return Sweep(read_json(folder / "result.json", SweepResult), read_arrays(folder / "curves.npz"))
 
 
-def load_trials(folder: Path) -> list[tuple[TrialResult, nnx.Module]]:
-    """Load each finished trial of the sweep in ``folder`` with its model, in order.
+def load_trials(folder: Path, classes: Iterable[type] = ()) -> list[tuple[TrialResult, nnx.Module]]:
+    """Load each finished trial of the sweep in ``folder`` with its model, in order. ``classes`` are the user's in it.
 
     Raise UserError if a part is damaged; resuming the sweep repairs it.
     """
-    info, trials = read_json(folder / "sweep.json", SweepInfo), {}
+    info, trials = read_json(folder / "sweep.json", SweepInfo, classes), {}
     for file in sorted(folder.glob("parts/*.npz")):
         with damage_as_user_error(file):
             part = read_arrays(file)

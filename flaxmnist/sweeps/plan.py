@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from flaxmnist import fields
-from flaxmnist.config import CNNConfig, Config
+from flaxmnist.config import Config, MLPConfig, SoftmaxConfig
 from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset
 from flaxmnist.errors import UserError
@@ -84,7 +84,7 @@ def group_trials(trials: list[Trial], share_order: bool, exact: bool) -> list[Gr
     groups: dict[str, Group] = {}
     for trial in trials:
         sequential = exact or runs_sequentially(trial.config, share_order)
-        names = () if sequential else tuple(name for name in trial.fields if TRACED.fullmatch(name))
+        names = () if sequential else tuple(name for name in trial.fields if may_be_traced(trial, name))
         static = fields.flatten(fields.to_json(trial.config))
         for name in ("seed", "data.order_seed", *names):
             del static[name]
@@ -92,14 +92,21 @@ def group_trials(trials: list[Trial], share_order: bool, exact: bool) -> list[Gr
     return list(groups.values())
 
 
+def may_be_traced(trial: Trial, name: str) -> bool:
+    """Return True for a field that changes no shape, and for a float of a user's dataclass, which may change none."""
+    own = type(fields.get(trial.config, name.partition(".")[0])) in fields.user_classes(trial.config)
+    return bool(TRACED.fullmatch(name)) or (own and isinstance(trial.fields[name], float))
+
+
 def runs_sequentially(config: Config, share_order: bool) -> bool:
     """Return True if trials train faster sequentially than vectorised.
 
-    On CPU this holds for CNNs, and for all models if each trial has its own batches. Steps/s of all trials relative to
-    a single run (two cores of a Xeon with AVX-512, JAX 0.10.2): `quickstart` × 8 sequential 1.0, vectorised 0.22,
-    because XLA merges the convolutions into one slow grouped convolution, and 0.49 or 0.31 with convolutions as
-    products of shifted images or of patches; `cnn_experts` × 4 1.0 and 0.25. `softmax_beginners` × 128 with shared
-    batches 4.2 vectorised; × 32 with own batches 1.0 sequential, 1.2 vectorised, but not bitwise identical. GPUs and
-    TPUs have not been measured; trials are always vectorised there.
+    On CPU this holds for CNNs, and for all models if each trial has its own batches; it is assumed for models of the
+    user's. Steps/s of all trials relative to a single run (two cores of a Xeon with AVX-512, JAX 0.10.2): `quickstart`
+    × 8 sequential 1.0, vectorised 0.22, because XLA merges the convolutions into one slow grouped convolution, and 0.49
+    or 0.31 with convolutions as products of shifted images or of patches; `cnn_experts` × 4 1.0 and 0.25.
+    `softmax_beginners` × 128 with shared batches 4.2 vectorised; × 32 with own batches 1.0 sequential, 1.2 vectorised,
+    but not bitwise identical. GPUs and TPUs have not been measured; trials are always vectorised there.
     """
-    return jax.default_backend() == "cpu" and (isinstance(config.model, CNNConfig) or not share_order)
+    dense = isinstance(config.model, SoftmaxConfig | MLPConfig)
+    return jax.default_backend() == "cpu" and not (dense and share_order)

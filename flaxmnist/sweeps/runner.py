@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from flaxmnist.config import Config
-from flaxmnist.console import Progress
+from flaxmnist.console import Progress, logger
 from flaxmnist.data.sets import Dataset
 from flaxmnist.devices import parallel
 from flaxmnist.devices.program import TrialProgram, put_split
@@ -93,7 +94,16 @@ def train_group(group: Group, mesh: Mesh, folder: SweepFolder, progress: Progres
     """Train the trials of ``group`` that are not finished yet."""
     if folder.has(group.trials):
         return
-    program = compile_group(group, mesh)
+    try:
+        program = compile_group(group, mesh)
+    except Exception:
+        parts = separate(group)
+        if len(parts) == 1:
+            raise
+        logger.info("%s cannot be traced: each value gets its own program", ", ".join(group.names))
+        for part in parts:
+            train_group(part, mesh, folder, progress, stop)
+        return
     for start in range(0, len(group.trials), program.size):
         trials = group.trials[start : start + program.size]
         if not folder.has(trials):
@@ -102,6 +112,15 @@ def train_group(group: Group, mesh: Mesh, folder: SweepFolder, progress: Progres
             training.train(progress, stop, folder.is_save_due, partial(folder.save_unfinished, training))
             folder.add(training)
     folder.save()
+
+
+def separate(group: Group) -> list[Group]:
+    """Return the trials of ``group`` in groups without fields whose values differ."""
+    groups: dict[str, Group] = {}
+    for trial in group.trials:
+        values = repr([trial.fields[name] for name in group.names])
+        groups.setdefault(values, replace(group, trials=[], names=())).trials.append(trial)
+    return list(groups.values())
 
 
 def compile_group(group: Group, mesh: Mesh) -> TrialProgram:

@@ -4,12 +4,16 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 
+from flaxmnist import fields
 from flaxmnist.console import Progress, logger
+from flaxmnist.core import steps
 from flaxmnist.core.state import Metrics, TrainState
 from flaxmnist.devices import evaluation
 from flaxmnist.devices.program import TrialProgram
@@ -108,6 +112,14 @@ class Trials:
 
     def trial_state(self, row: int) -> TrainState:
         return jax.tree.map(lambda x: x[row], self.state)
+
+    def weights(self, row: int) -> dict[str, Array]:
+        """Return the weights and buffers of a trial by dotted name, without the values of swept fields."""
+        trial, state = self.trials[row], self.trial_state(row)
+        shape, classes = trial.data.train.images.shape[1:], trial.data.classes
+        alone = jax.eval_shape(partial(steps.create_state, trial.config, shape, classes))
+        buffers = fields.flatten(state.buffers)
+        return fields.flatten(state.weights) | {name: buffers[name] for name in fields.flatten(alone.buffers)}
 
     def result(self, row: int) -> TrialResult:
         """Evaluate a trained trial on the test images."""

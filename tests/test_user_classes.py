@@ -1,0 +1,299 @@
+"""Models of the user's: any frozen dataclass that makes a Flax module is trained, saved, swept and exported."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, assert_same, fit_on_one, slow, small
+from flax import nnx
+
+import flaxmnist as fm
+from flaxmnist import fields
+from flaxmnist.config import Adam, Config, Data
+from flaxmnist.core import layers
+from flaxmnist.data.sets import Split
+from flaxmnist.errors import UserError
+from flaxmnist.store import exports
+from flaxmnist.store.load import evaluate_run, load_checkpoint
+
+RESNET = fm.load_experiment(ROOT / "experiments/resnet.py").model
+
+
+class Transformer(nnx.Module):
+    """A small vision transformer: patches of 7×7 pixels, one layer of attention, dropout."""
+
+    def __init__(self, shape, classes, width, rate, rngs):
+        self.patches = nnx.Conv(shape[2], width, (7, 7), strides=(7, 7), padding="VALID", rngs=rngs)
+        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (shape[0] // 7 * (shape[1] // 7), width)))
+        self.norm, self.end = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, width, decode=False, dropout_rate=rate, rngs=rngs)
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
+        self.logits = nnx.Linear(width, classes, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.patches(x)
+        x = x.reshape(x.shape[0], -1, x.shape[-1]) + self.positions[...][None]
+        x = x + self.dropout(self.attention(self.norm(x)))
+        return self.logits(self.end(x).mean(1))
+
+
+@dataclass(frozen=True)
+class ViT:
+    """A vision transformer."""
+
+    width: int = 8
+    rate: float = 0.1
+
+    def make(self, shape, classes, rngs):
+        return Transformer(shape, classes, self.width, self.rate, rngs)
+
+
+class Scaled(nnx.Module):
+    """A linear layer whose logits are multiplied by a number, or by an array that is no variable."""
+
+    def __init__(self, shape, classes, factor, rngs):
+        self.linear = nnx.Linear(shape[0] * shape[1], classes, rngs=rngs)
+        self.factor, self.ones = factor, jnp.ones((1, classes))
+
+    def __call__(self, x):
+        return self.linear(x.reshape(x.shape[0], -1)) * self.factor * self.ones
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A model with a float field that may be traced, unless ``strict``."""
+
+    factor: float = 1.0
+    strict: bool = False
+
+    def make(self, shape, classes, rngs):
+        return Scaled(shape, classes, float(self.factor) if self.strict else self.factor, rngs)
+
+
+@pytest.fixture(scope="session")
+def colours(few):
+    """The digits as 32×32 images of three channels, one of them empty."""
+
+    def convert(split: Split) -> Split:
+        images = np.pad(split.images, ((0, 0), (2, 2), (2, 2), (0, 2)))
+        images[..., 1] = images[..., 0] // 2
+        return Split(images, split.labels)
+
+    return replace(few, **{name: convert(split) for name, split in few.splits().items()})
+
+
+MODELS = {"resnet": RESNET, "vit": ViT()}
+
+
+# --- Configs --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class NotFrozen:
+    def make(self, shape, classes, rngs): ...
+
+
+@dataclass(frozen=True)
+class Unable:
+    width: int = 3
+
+
+@pytest.mark.parametrize("model", [NotFrozen(), Unable(), 3], ids=str)
+def test_a_model_must_be_a_frozen_dataclass_with_make(model):
+    with pytest.raises(UserError, match="model must be Softmax or MLP or CNN or a frozen dataclass with make, but is"):
+        small(model)
+
+
+def test_fields_of_a_model_are_checked():
+    with pytest.raises(UserError, match=r"model\.width must be int, but is 'wide'"):
+        small(ViT(width="wide"))  # pyright: ignore[reportArgumentType]
+
+
+def test_reading_a_config_needs_its_classes():
+    config = small(ViT(width=4))
+    values = fields.to_json(config)
+    assert values["model"] == {"kind": "test_user_models.py:ViT", "width": 4, "rate": 0.1}
+    assert fields.from_json(values, Config, fields.user_classes(config)) == config
+    with pytest.raises(UserError, match=r"^model is test_user_models.py:ViT: pass the file that defines it as --exper"):
+        fields.from_json(values, Config)
+
+
+EXPERIMENT = """
+from __future__ import annotations
+from dataclasses import dataclass
+from flaxmnist.config import *
+
+@dataclass(frozen=True)
+class Mine:
+    width: int = {width}
+    def make(self, shape, classes, rngs): ...
+
+config = Config(name="mine", model=Mine(), optimizer=SGD(), train=Train(steps=1))
+"""
+
+
+def test_an_experiment_file_is_loaded_once_unless_it_changes(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(EXPERIMENT.format(width=1))
+    first, again = fm.load_experiment(file), fm.load_experiment(file)
+    assert first == again and type(first.model) is type(again.model)
+    file.write_text(EXPERIMENT.format(width=2))
+    assert fm.load_experiment(file).model.width == 2  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# --- Training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit", slow("resnet")])
+def test_a_resumed_run_is_bitwise_identical_and_its_export_too(name, few, fit_until, tmp_path):
+    config = small(
+        MODELS[name], optimizer=Adam(learning_rate=1e-2), evaluate_every=1, checkpoint_every=5, ema_decay=0.9, steps=12
+    )
+    full = fit_on_one(config, few, tmp_path / "full")
+    fit_until(7, config, few, tmp_path / "stopped")
+    resumed = fit_on_one(config, few, tmp_path / "stopped", resume=True)
+    assert_same(full.state, resumed.state)
+    assert (tmp_path / "full/metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
+    loaded = fm.load_run(tmp_path / "full", config=config)
+    assert_same(loaded.state, full.state)
+    with pytest.raises(UserError, match="pass the file that defines it as --experiment"):
+        fm.load_run(tmp_path / "full")
+    exports.write(load_checkpoint(tmp_path / "full", config=config), tmp_path / "export")
+    test = evaluate_run(tmp_path / "full", config=config).loss
+    assert exports.evaluate(tmp_path / "export/model.stablehlo").loss == pytest.approx(test, rel=1e-5)
+    assert exports.evaluate(tmp_path / "export/model.safetensors", config=config).loss == pytest.approx(test, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [slow("resnet"), "vit"])
+def test_images_may_have_colours(name, colours):
+    run = fit_on_one(small(MODELS[name], optimizer=Adam(learning_rate=1e-2), steps=40), colours)
+    losses = [record["loss"] for record in run.history if record["split"] == "train"]
+    assert np.mean(losses[-5:]) < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["resnet", slow("vit")])
+def test_a_sweep_trains_the_runs_of_its_seeds(name, few):
+    config = small(MODELS[name], optimizer=Adam(learning_rate=1e-2), steps=8)
+    sweep = fm.sweep(config, few, seeds=2, exact=True, devices=1)
+    runs = [fit_on_one(replace(config, seed=seed), few) for seed in range(2)]
+    assert [trial.params_sha256 for trial in sweep.members] == [run.result.params_sha256 for run in runs]
+    assert [trial.test_loss for trial in sweep.members] == [run.result.test_loss for run in runs]
+
+
+@pytest.mark.slow
+def test_losses_with_batch_normalisation_do_not_depend_on_devices(digits):
+    """An epoch of 26 batches, of which the last is short, on shards that are not equal."""
+    config = fm.load_experiment(ROOT / "experiments/resnet.py")
+    config = replace(config, train=replace(config.train, log_every=1, evaluate_every=None))
+    losses = {}
+    for devices in (1, 2, 8):
+        history = fm.fit(config, digits, devices=devices).history
+        losses[devices] = [record["loss"] for record in history if record["split"] == "train"][:26]
+    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
+    np.testing.assert_allclose(losses[8], losses[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_float_fields_are_traced_if_possible(strict, few, monkeypatch, caplog):
+    """Otherwise each value gets its own program. The module also has an array that is no variable."""
+    monkeypatch.setattr("flaxmnist.sweeps.plan.runs_sequentially", lambda *_: False)
+    caplog.set_level("INFO", logger="flaxmnist")
+    config = small(Scale(strict=strict), steps=8)
+    sweep = fm.sweep(config, few, seeds=1, over={"model.factor": [0.5, 2.0]}, devices=1)
+    assert ("model.factor cannot be traced" in caplog.text) == strict
+    for factor, trial in zip((0.5, 2.0), sweep.members, strict=True):
+        run = fit_on_one(replace(config, model=replace(config.model, factor=factor)), few)
+        assert trial.test_loss == pytest.approx(run.result.test_loss, rel=1e-5)
+
+
+# --- Layers ---------------------------------------------------------------------------------------------------------
+
+
+def test_batch_norm_does_not_count_padding(normal):
+    x, norm = normal(5, 4, 4, 3), fm.BatchNorm(3, momentum=0.0, rngs=nnx.Rngs(0))
+    norm.weights = jnp.array([1.0, 1, 1, 0, 0])
+    normalised = norm(x)
+    reference = nnx.BatchNorm(3, momentum=0.0, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(normalised[:3], reference(x[:3]), atol=1e-5)
+    np.testing.assert_allclose(norm.mean[...], reference.mean[...], atol=1e-6)
+    np.testing.assert_allclose(norm.var[...], reference.var[...], atol=1e-5)
+    norm.eval()
+    reference.eval()
+    np.testing.assert_allclose(norm(x), reference(x), atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A linear model with Flax's own batch normalisation."""
+
+    def make(self, shape, classes, rngs):
+        conv, norm = nnx.Conv(shape[2], 2, (3, 3), rngs=rngs), nnx.BatchNorm(2, momentum=0.5, rngs=rngs)
+        return nnx.Sequential(conv, norm, lambda x: x.mean((1, 2)), nnx.Linear(2, classes, rngs=rngs))
+
+
+def test_flax_batch_norm_is_refused_if_it_would_count_padding(few):
+    with pytest.raises(UserError, match=r"nnx\.BatchNorm would count the padding of incomplete batches: use flaxmnist"):
+        fit_on_one(small(Plain()), few)
+    drop = Data(name="digits", last_batch="drop")
+    one, two = (fm.fit(small(Plain(), data=drop), few, devices=devices) for devices in (1, 2))
+    assert one.result.test_loss == pytest.approx(two.result.test_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(("strides", "padding"), [(1, "SAME"), (2, "VALID"), (1, ((2, 1), (0, 3)))])
+def test_convolutions_of_flax_have_the_same_gradient(strides, padding, normal):
+    def gradients(function):
+        conv = nnx.Conv(2, 3, (3, 3), strides=strides, padding=padding, conv_general_dilated=function, rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(conv)
+        return jax.grad(lambda params, x: (nnx.merge(graphdef, params)(x) ** 2).sum(), (0, 1))(params, x)
+
+    x = normal(4, 9, 9, 2)
+    ours, theirs = gradients(layers.conv_general_dilated), gradients(jax.lax.conv_general_dilated)
+    for mine, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- Mistakes -------------------------------------------------------------------------------------------------------
+
+
+class Growing(nnx.Module):
+    def __init__(self, classes, rngs):
+        self.linear = nnx.Linear(1, classes, rngs=rngs)
+
+    def __call__(self, x):
+        self.seen = nnx.Variable(x.mean())
+        return self.linear(x.mean((1, 2)))
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A model with a mistake."""
+
+    mistake: str
+
+    def make(self, shape, classes, rngs):
+        match self.mistake:
+            case "shape":
+                return nnx.Linear(1, classes, rngs=rngs)  # of each pixel
+            case "classes":
+                return nnx.Sequential(lambda x: x.mean((1, 2)), nnx.Linear(1, classes + 1, rngs=rngs))
+            case "state":
+                return Growing(classes, rngs)
+            case "function":
+                return jnp.sum
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("shape", r"must return logits \[2, classes\] for 2 images, but returns \[2, 28, 28, 10\]"),
+        ("classes", "must return 10 logits for each image, but returns 11"),
+        ("state", "a call of the model changes the names or shapes of its variables"),
+        ("function", r"Wrong\.make must return an nnx\.Module, but returned"),
+    ],
+)
+def test_mistakes_are_errors_before_anything_is_written(mistake, message, few, tmp_path):
+    with pytest.raises(UserError, match=message):
+        fit_on_one(small(Wrong(mistake)), few, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
