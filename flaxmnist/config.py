@@ -144,13 +144,31 @@ MODELS = SoftmaxConfig, MLPConfig, CNNConfig
 # --- Schedules: factors on the learning rate ------------------------------------------------------------------------
 
 
+@runtime_checkable
+class Schedule(Protocol):
+    """A frozen dataclass that makes a schedule, built in or your own."""
+
+    def make(self, rate: float, updates: int) -> Any:
+        """Return an ``optax.Schedule`` with the full learning rate ``rate``, for a run of ``updates`` updates."""
+        ...
+
+
+class BuiltInSchedule:
+    """The method that all schedules in this file share."""
+
+    def make(self, rate: float, updates: int) -> Any:
+        from flaxmnist.core import optim
+
+        return optim.make_schedule(self, rate, updates)
+
+
 @dataclass(frozen=True)
-class Flat:
+class Flat(BuiltInSchedule):
     """Constant learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine:
+class Cosine(BuiltInSchedule):
     """Cosine decay from the full rate to ``end`` times the full rate, after a linear warm-up from zero."""
 
     warmup_steps: Natural = 0  # length of the warm-up, in updates
@@ -158,7 +176,7 @@ class Cosine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneCycle:
+class OneCycle(BuiltInSchedule):
     """Cosine increase from 1/start_divisor to the full rate, then decrease to 1/end_divisor (Smith & Topin 2017)."""
 
     peak: Annotated[float, In(0, 1, "()")] = 0.3  # position of the full rate, as a fraction of the run
@@ -167,14 +185,23 @@ class OneCycle:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exponential:
+class Exponential(BuiltInSchedule):
     """Continuous exponential decay by a factor of ``decay`` per ``every`` updates."""
 
     decay: AboveZero = 0.95  # factor
     every: Count = 1000  # updates per factor
 
 
-Schedule = Flat | Cosine | OneCycle | Exponential
+@dataclass(frozen=True, kw_only=True)
+class WarmupStableDecay(BuiltInSchedule):
+    """Linear increase from zero, the full rate, then linear decrease to ``end`` of it (Hu et al. 2024, MiniCPM)."""
+
+    warmup: BelowOne = 0.1  # length of the increase, as a fraction of the run
+    decay: Fraction = 0.2  # length of the decrease, as a fraction of the run
+    end: Fraction = 0.0  # final rate as a fraction of the full rate
+
+
+SCHEDULES = Flat, Cosine, OneCycle, Exponential, WarmupStableDecay
 
 # --- Optimizers -----------------------------------------------------------------------------------------------------
 # Each has a case in core.optim.make_optimizer. The fields that a sweep may trace are in sweeps.plan.TRACED.
@@ -185,9 +212,14 @@ class BaseOptimizer:
     """The fields that all optimizers have."""
 
     learning_rate: Positive  # step size; the full rate of the schedule
-    schedule: Schedule = Flat()  # learning rate over the run
+    schedule: Annotated[Schedule, Kinds(SCHEDULES, Schedule.make)] = Flat()  # learning rate over the run
     clip_norm: Positive | None = None  # maximum global norm of the gradient; None: no clipping
     accumulate: Count = 1  # batches per update, gradients averaged equally; an incomplete last group is dropped
+
+    def make(self, updates: int) -> Any:
+        from flaxmnist.core import optim
+
+        return optim.make_optimizer(self, updates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +240,18 @@ class Adam(BaseOptimizer):
     b2: BelowOne = 0.999  # decay of the moving average of their squares
     eps: Positive = 1e-8  # added to the root of the average square
     weight_decay: NonNegative = 0.0  # decoupled: an update subtracts learning rate × weight_decay × weight
+    decay_vectors: bool = True  # apply weight decay to biases and scales, too
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lion(BaseOptimizer):
+    """Lion: the sign of a moving average of the gradients (Chen et al. 2023)."""
+
+    learning_rate: Positive = 1e-4  # step size; the full rate of the schedule
+    b1: BelowOne = 0.9  # weight of the moving average in an update
+    b2: BelowOne = 0.99  # decay of the moving average of the gradients
+    weight_decay: NonNegative = 0.0  # decoupled: an update subtracts learning rate × weight_decay × weight
+    decay_vectors: bool = True  # apply weight decay to biases and scales, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,18 +263,61 @@ class Muon(BaseOptimizer):
     newton_schulz_steps: Annotated[int, In(1, 20)] = 5  # iterations that orthogonalise the average
 
 
-Optimizer = SGD | Adam | Muon
+OPTIMIZERS = SGD, Adam, Lion, Muon
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """A frozen dataclass that makes an optimizer, built in or your own."""
+
+    def make(self, updates: int) -> Any:
+        """Return an ``optax.GradientTransformation`` for a run of ``updates`` updates.
+
+        A field ``accumulate``, if there is one, is the number of batches per update. In a sweep, float fields may be
+        traced.
+        """
+        ...
+
 
 # --- The rest of an experiment --------------------------------------------------------------------------------------
 
 
+@runtime_checkable
+class Loss(Protocol):
+    """A frozen dataclass with the loss that training minimises, built in or your own."""
+
+    def losses(self, logits: Any, labels: Any) -> Any:
+        """Return the loss of each image, [batch], from its logits [batch, classes] and label [batch]."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The loss: mean cross-entropy of a batch."""
+    """Cross-entropy."""
 
     form: Literal["logits", "probabilities"] = "logits"  # numerically stable, or −Σ y·log(softmax) as written
     labels: Literal["integer", "one_hot"] = "integer"  # labels index the logits, or are multiplied with them
     label_smoothing: Fraction = 0.0  # fraction of the target spread evenly over the classes (one_hot only)
+
+    def losses(self, logits: Any, labels: Any) -> Any:
+        from flaxmnist.core import objective
+
+        return objective.cross_entropy(self, logits, labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FocalLoss:
+    """Focal loss: cross-entropy times (1 − p)^gamma, with the probability p of the label (Lin et al. 2017)."""
+
+    gamma: NonNegative = 2.0  # weight of hard images; 0: cross-entropy
+
+    def losses(self, logits: Any, labels: Any) -> Any:
+        from flaxmnist.core import objective
+
+        return objective.focal(logits, labels, self.gamma)
+
+
+OBJECTIVES = Objective, FocalLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,9 +374,9 @@ class Config:
 
     name: str  # name of the experiment, and prefix of its run folders
     seed: Natural = 0  # seed of initial values, dropout, augmentation and (unless data.order_seed is set) order
-    model: Annotated[Model, Kinds(MODELS, "make")]
-    optimizer: Optimizer
-    objective: Objective = Objective()
+    model: Annotated[Model, Kinds(MODELS, Model.make)]
+    optimizer: Annotated[Optimizer, Kinds(OPTIMIZERS, Optimizer.make)]
+    objective: Annotated[Loss, Kinds(OBJECTIVES, Loss.losses, default=True)] = Objective()
     data: Data = Data()
     train: Train
 
@@ -329,16 +416,16 @@ def check_rules(config: Config) -> None:
         raise UserError(
             "model.bias_init cannot be Glorot or LeCun, which need a matrix: use Constant, Normal or Uniform"
         )
-    if train.steps is not None and optimizer.accumulate > train.steps:
-        raise UserError(
-            f"optimizer.accumulate must be at most train.steps, {train.steps}, but is {optimizer.accumulate}"
-        )
+    accumulate = getattr(optimizer, "accumulate", 1)
+    if train.steps is not None and accumulate > train.steps:
+        raise UserError(f"optimizer.accumulate must be at most train.steps, {train.steps}, but is {accumulate}")
     if isinstance(optimizer, SGD) and optimizer.nesterov and optimizer.momentum == 0:
         raise UserError("optimizer.nesterov needs optimizer.momentum above 0")
-    if objective.labels == "integer" and objective.label_smoothing > 0:
-        raise UserError("objective.label_smoothing needs objective.labels one_hot")
-    if objective.labels == "integer" and objective.form == "probabilities":
-        raise UserError("objective.form probabilities needs objective.labels one_hot")
+    if isinstance(objective, Objective) and objective.labels == "integer":
+        if objective.label_smoothing > 0:
+            raise UserError("objective.label_smoothing needs objective.labels one_hot")
+        if objective.form == "probabilities":
+            raise UserError("objective.form probabilities needs objective.labels one_hot")
 
 
 # --- Experiment files -----------------------------------------------------------------------------------------------

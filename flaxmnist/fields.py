@@ -3,18 +3,22 @@
 import copy
 import dataclasses
 import functools
+import inspect
+import logging
 import math
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from flaxmnist.errors import UserError
 
 Content = TypeVar("Content")
+
+logger = logging.getLogger("flaxmnist")
 
 
 class UnknownClass(UserError):
@@ -47,15 +51,25 @@ class In:
 
 @dataclass(frozen=True)
 class Kinds:
-    """The built-in dataclasses of a field that also takes a user's frozen dataclass with ``method``."""
+    """The built-in dataclasses of a field that also takes a user's frozen dataclass with ``method``.
+
+    ``method`` is that of a protocol; the user's must have the same name and number of arguments.
+    """
 
     built_in: tuple[type, ...]
-    method: str
+    method: Callable[..., Any]
+    default: bool = False  # JSON without a "kind" is of the first one, as before there were others
 
     def accepts(self, kind: type) -> bool:
         """Return True if ``kind`` is a frozen dataclass with the method."""
+        method = getattr(kind, self.method.__name__, None)
         frozen = dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen  # pyright: ignore
-        return frozen and callable(getattr(kind, self.method, None))
+        return frozen and callable(method) and count_arguments(method) == count_arguments(self.method)
+
+
+@functools.cache
+def count_arguments(function: Callable[..., Any]) -> int:
+    return len(inspect.signature(function).parameters)
 
 
 def bounds(hint: Any) -> list[In]:
@@ -108,7 +122,10 @@ class FieldType:
                 self.open = next((item for item in metadata if isinstance(item, Kinds)), None)
                 if self.open is not None:
                     self.types += self.open.built_in
-                    names += [*map(kind_name, self.open.built_in), f"a frozen dataclass with {self.open.method}"]
+                    names += [
+                        *map(kind_name, self.open.built_in),
+                        f"a frozen dataclass with {self.open.method.__name__}",
+                    ]
                     continue
             origin, arguments = typing.get_origin(choice), typing.get_args(choice)
             if origin is Literal:
@@ -186,36 +203,56 @@ def to_json(value: Any, field: FieldType | None = None) -> Any:
 def from_json(values: Any, kind: type[Content], classes: Iterable[type] = ()) -> Content:
     """Invert ``to_json``, for the dataclass ``kind``. Raise UserError for anything that it cannot have written.
 
-    ``classes`` are the user's dataclasses that it may contain.
+    ``classes`` are the user's dataclasses that it may contain. Fields that an older version did not have get their
+    defaults, with a warning.
     """
-    return build(values, FieldType(kind), "", {user_kind_name(own): own for own in classes})
+    reader = Reader({user_kind_name(own): own for own in classes}, [])
+    content = reader.build(values, FieldType(kind), "")
+    if reader.missing:
+        logger.warning("an older version wrote no %s: using the default", ", ".join(reader.missing))
+    return content
 
 
-def build(values: Any, field: FieldType, path: str, classes: dict[str, type]) -> Any:
-    """Convert ``values`` from JSON to the tuples, dicts and dataclasses of ``field``, with checked fields."""
-    if isinstance(values, list) and tuple in field.types and field.items:
-        return tuple(build(value, field.items, f"{path}[{index}]", classes) for index, value in enumerate(values))
-    if isinstance(values, Mapping) and dict in field.types and field.items:
-        return {name: build(value, field.items, f"{path}[{name}]", classes) for name, value in values.items()}
-    kinds = field.kinds | classes if field.open else field.kinds
-    if not kinds or (values is None and type(None) in field.types):
-        return values
-    if not isinstance(values, Mapping):
-        raise UserError(f"{path or 'the JSON'} must be an object, but is {values!r}")
-    name = values.get("kind") if len(kinds) > 1 else next(iter(kinds))
-    if name not in list(kinds):  # it may be unhashable
-        if field.open and ":" in str(name):
-            raise UnknownClass(f"{path} is {name}: pass the file that defines it as --experiment")
-        raise UserError(f"{path}.kind must be one of {', '.join(kinds)}, but is {name!r}")
-    inner = field_types(kinds[name])
-    expected = {*inner, "kind"} if len(kinds) > 1 else {*inner}
-    if wrong := sorted(expected ^ set(values)):
-        raise UserError(f"{path or 'the JSON'} has {'unknown' if wrong[0] in values else 'no'} field {wrong[0]!r}")
-    prefix = path and f"{path}."
-    arguments = {name: build(values[name], inner[name], prefix + name, classes) for name in inner}
-    for argument, value in arguments.items():
-        inner[argument].check(value, prefix + argument)
-    return kinds[name](**arguments)
+class Reader(NamedTuple):
+    """The conversion of JSON to dataclasses."""
+
+    classes: dict[str, type]  # of the user's, by kind
+    missing: list[str]  # fields that got their defaults
+
+    def build(self, values: Any, field: FieldType, path: str) -> Any:
+        """Convert ``values`` to the tuples, dicts and dataclasses of ``field``, with checked fields."""
+        if isinstance(values, list) and tuple in field.types and field.items:
+            return tuple(self.build(value, field.items, f"{path}[{index}]") for index, value in enumerate(values))
+        if isinstance(values, Mapping) and dict in field.types and field.items:
+            return {name: self.build(value, field.items, f"{path}[{name}]") for name, value in values.items()}
+        kinds = field.kinds | self.classes if field.open else field.kinds
+        if not kinds or (values is None and type(None) in field.types):
+            return values
+        if not isinstance(values, Mapping):
+            raise UserError(f"{path or 'the JSON'} must be an object, but is {values!r}")
+        first = next(iter(kinds))
+        name = values.get("kind", first if field.open and field.open.default else None) if len(kinds) > 1 else first
+        if name not in list(kinds):  # it may be unhashable
+            if field.open and ":" in str(name):
+                raise UnknownClass(f"{path} is {name}: pass the file that defines it as --experiment")
+            raise UserError(f"{path}.kind must be one of {', '.join(kinds)}, but is {name!r}")
+        return self.build_dataclass(values, kinds[name], path, {"kind"} if len(kinds) > 1 else set())
+
+    def build_dataclass(self, values: Mapping[str, Any], kind: Any, path: str, others: set[str]) -> Any:
+        """Convert ``values``, which may also have the keys ``others``, to the dataclass ``kind``."""
+        prefix, inner = path and f"{path}.", field_types(kind)
+        optional = {field.name for field in dataclasses.fields(kind) if has_default(field)}
+        if wrong := sorted((values.keys() - inner.keys() - others) | (inner.keys() - values.keys() - optional)):
+            raise UserError(f"{path or 'the JSON'} has {'unknown' if wrong[0] in values else 'no'} field {wrong[0]!r}")
+        self.missing.extend(prefix + name for name in inner if name not in values)
+        arguments = {name: self.build(values[name], inner[name], prefix + name) for name in inner if name in values}
+        for argument, value in arguments.items():
+            inner[argument].check(value, prefix + argument)
+        return kind(**arguments)
+
+
+def has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 # --- Dotted names ---------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from flaxmnist.store.tensorboard import read_events
 config = Config(
     name="changed",
     model=ResidualConfig(width=16),
-    optimizer=Lion(schedule=Linear()),
+    optimizer=RMSProp(schedule=Linear()),
     data=Data(name="npz"),
     train=Train(batch_size=20, steps=5),
 )

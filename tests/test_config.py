@@ -54,7 +54,9 @@ INVALID = {
     "optimizer.nesterov needs": lambda: small(optimizer=SGD(nesterov=True)),
     "optimizer.b2 must lie in": lambda: small(optimizer=Adam(b2=1.0)),
     "optimizer.schedule.peak must lie in (0, 1)": lambda: small(optimizer=SGD(schedule=config.OneCycle(peak=0.0))),
-    "optimizer must be SGD or Adam or Muon, but is Softmax": lambda: small(optimizer=SoftmaxConfig()),
+    "optimizer must be SGD or Adam or Lion or Muon or a frozen dataclass with make, but is Softmax": lambda: small(
+        optimizer=SoftmaxConfig()
+    ),
     "model.hidden must be a tuple of int": lambda: small(MLPConfig(hidden=[3])),
     "model.hidden[0] must be int, but is 3.0": lambda: small(MLPConfig(hidden=(3.0,))),
     "model.hidden[1] must lie in [1, 1048576], but is 0": lambda: small(MLPConfig(hidden=(5, 0))),

@@ -61,9 +61,12 @@ def test_every_experiment_trains_a_step_and_predicts(name, few):
 # Base configs, and for each field a change that must affect the history or the result of a run.
 BASES = {
     "softmax": small(SoftmaxConfig(), optimizer=SGD(momentum=0.5, schedule=config.Cosine())),
-    "mlp": small(MLPConfig(hidden=(8,)), optimizer=Adam(schedule=config.OneCycle()), evaluate_every=2),
+    "mlp": small(
+        MLPConfig(hidden=(8,)), optimizer=Adam(schedule=config.OneCycle(), weight_decay=0.1), evaluate_every=2
+    ),
     "cnn": small(CNNConfig(features=(2,), kernel=(3,), dense=8), optimizer=SGD(schedule=config.Exponential())),
     "muon": small(MLPConfig(hidden=(8,)), optimizer=config.Muon()),
+    "lion": small(MLPConfig(hidden=(8,)), optimizer=config.Lion(schedule=config.WarmupStableDecay(), weight_decay=0.1)),
 }
 CHANGES = {
     "softmax": {
@@ -107,6 +110,7 @@ CHANGES = {
         "optimizer.b2": 0.5,
         "optimizer.eps": 0.1,
         "optimizer.weight_decay": 0.5,
+        "optimizer.decay_vectors": False,
         "optimizer.clip_norm": 0.01,
         "optimizer.accumulate": 2,
         "optimizer.schedule.peak": 0.8,
@@ -127,6 +131,17 @@ CHANGES = {
         "model.bias_init.value": 0.1,
         "optimizer.schedule.decay": 0.5,
         "optimizer.schedule.every": 2,
+    },
+    "lion": {
+        "optimizer.learning_rate": 0.1,
+        "optimizer.b1": 0.5,
+        "optimizer.b2": 0.5,
+        "optimizer.weight_decay": 0.5,
+        "optimizer.decay_vectors": False,
+        "optimizer.schedule.warmup": 0.5,
+        "optimizer.schedule.decay": 0.5,
+        "optimizer.schedule.end": 0.5,
+        "objective": config.FocalLoss(),
     },
     "muon": {
         "optimizer.learning_rate": 0.1,
@@ -183,9 +198,7 @@ def test_every_field_has_an_effect(base, field, few, baselines):
 def test_every_field_is_covered():
     """Except those of initial values, which test_layers covers."""
     covered = {field for fields in CHANGES.values() for field in fields} | set(TESTED_ELSEWHERE)
-    schedules = (config.Flat, config.Cosine, config.OneCycle, config.Exponential)
-    assert set(config.Schedule.__args__) == set(schedules)
-    names = {f"optimizer.schedule.{item.name}" for kind in schedules for item in dataclasses.fields(kind)}
+    names = {f"optimizer.schedule.{item.name}" for kind in config.SCHEDULES for item in dataclasses.fields(kind)}
     for base in BASES.values():
         names |= {name for name in fields.flatten(fields.to_json(base)) if not name.endswith(".kind")}
     assert names <= covered, names - covered

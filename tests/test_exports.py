@@ -165,8 +165,8 @@ DAMAGE = {
     ),
     "no digests": (lambda path: change_metadata(path, "sha256", {}), "does not match its SHA-256"),
     "another config": (
-        lambda path: change_metadata(path, "config/data", {}),
-        "is damaged: the JSON has no field 'augment'",
+        lambda path: change_metadata(path, "config/data", 3),
+        "is damaged: the JSON must be an object, but is 3",
     ),
     "other data": (lambda path: change_metadata(path, "data/source", "elsewhere"), "was trained on elsewhere"),
     "no data": (lambda path: change_metadata(path, "data/shape", [28, 0]), r"is damaged: data.shape.* must lie in"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxmnist.config import Objective
+from flaxmnist.config import FocalLoss, Objective
 from flaxmnist.core.objective import correct, cross_entropy
 from flaxmnist.devices.evaluation import log_softmax
 
@@ -56,3 +56,14 @@ def test_label_smoothing_mixes_in_the_uniform_distribution(normal):
 
 def test_correct():
     assert correct(jnp.array([[1.0, 2.0], [3.0, 0.0]]), jnp.array([1, 1])).tolist() == [True, False]
+
+
+def test_focal_loss_weights_the_cross_entropy_by_the_missing_probability():
+    logits, labels = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.9, 0.05, 0.05]])), jnp.array([0, 0])
+    expected = [-(0.5**2) * np.log(0.5), -(0.1**2) * np.log(0.9)]
+    np.testing.assert_allclose(FocalLoss().losses(logits, labels), expected, rtol=1e-5)
+    np.testing.assert_allclose(FocalLoss(gamma=0.0).losses(logits, labels), -np.log([0.5, 0.9]), rtol=1e-5)
+    gradient = jax.grad(lambda logits: FocalLoss(gamma=0.5).losses(logits, labels).sum())(
+        jnp.array([[100.0, 0, 0]] * 2)
+    )
+    assert np.isfinite(gradient).all()

@@ -7,12 +7,12 @@ import optax
 import pytest
 
 from flaxmnist import config, fields
-from flaxmnist.core.optim import make_optimizer, schedule
+from flaxmnist.core.optim import make_optimizer
 
 GRADIENTS = [np.array(g) for g in ([1.0, -2.0], [0.5, 0.5], [-3.0, 1.0])]
 
 
-def train(optimizer: config.Optimizer, updates=3) -> np.ndarray:
+def train(optimizer: config.BaseOptimizer, updates=3) -> np.ndarray:
     """Return the parameters [1, 1] after updates by the three gradients."""
     transformation, params = make_optimizer(optimizer, updates), jnp.ones(2)
     state = transformation.init(params)
@@ -62,6 +62,23 @@ def test_muon_orthogonalises_matrices_and_applies_nadam_to_vectors():
     np.testing.assert_allclose(updates["bias"], [-step, step], rtol=1e-4)
 
 
+def test_lion():
+    params, mean = np.ones(2), np.zeros(2)
+    for gradient in GRADIENTS:
+        params = params - 0.1 * (np.sign(0.9 * mean + 0.1 * gradient) + 0.2 * params)
+        mean = 0.99 * mean + 0.01 * gradient
+    np.testing.assert_allclose(train(config.Lion(learning_rate=0.1, weight_decay=0.2)), params, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [config.Adam, config.Lion])
+def test_weight_decay_may_leave_out_biases_and_scales(kind):
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    transformation = make_optimizer(kind(learning_rate=0.1, weight_decay=0.5, decay_vectors=False), 1)
+    updates, _ = transformation.update(jax.tree.map(jnp.zeros_like, params), transformation.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], np.full((2, 2), -0.05), rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], np.zeros(2))
+
+
 def test_clipping_scales_the_gradient():
     clipped = [g * min(1, 1 / np.linalg.norm(g)) for g in GRADIENTS]
     np.testing.assert_allclose(train(config.SGD(learning_rate=0.1, clip_norm=1.0)), 1 - 0.1 * sum(clipped), rtol=1e-6)
@@ -81,10 +98,12 @@ def test_accumulation_applies_the_mean_gradient():
         (config.Cosine(warmup_steps=20), {0: 0.0, 10: 0.25, 20: 0.5, 60: 0.25, 100: 0.0}),
         (config.OneCycle(peak=0.3, start_divisor=25, end_divisor=1e5), {0: 0.02, 30: 0.5, 100: 0.5 / 1e5}),
         (config.Exponential(decay=0.5, every=10), {0: 0.5, 5: 0.5 * 0.5**0.5, 20: 0.125}),
+        (config.WarmupStableDecay(), {0: 0.0, 5: 0.25, 10: 0.5, 80: 0.5, 90: 0.25, 100: 0.0}),
+        (config.WarmupStableDecay(warmup=0.0, decay=0.5, end=0.2), {0: 0.5, 50: 0.5, 75: 0.3, 100: 0.1}),
     ],
 )
 def test_schedules(kind, expected):
-    rate = schedule(config.SGD(learning_rate=0.5, schedule=kind), 100)
+    rate = kind.make(0.5, 100)
     for step, value in expected.items():
         np.testing.assert_allclose(float(rate(jnp.int32(step))), value, rtol=1e-4, atol=1e-8)
 

@@ -73,7 +73,9 @@ def test_an_experiment_is_described_with_its_memory(few):
 
 
 def test_the_summary_of_a_run_ends_with_commands_to_try_next(run):
-    summary = text.run_summary(run, Path("runs/a b"), Path("my data"), "flaxmnist {}".format).splitlines()
+    summary = text.run_summary(
+        run, Path("runs/a b"), Path("my data"), Path("experiment.py"), "flaxmnist {}".format
+    ).splitlines()
     result = run.result
     assert (
         summary[0]
@@ -86,13 +88,13 @@ def test_the_summary_of_a_run_ends_with_commands_to_try_next(run):
         "      flaxmnist report 'runs/a b' --data-dir 'my data'",
         "      flaxmnist predict 'runs/a b' IMAGE.png",
     ]
-    without_data = text.run_summary(run, Path("run"), None, "flaxmnist {}".format)
+    without_data = text.run_summary(run, Path("run"), None, Path("experiment.py"), "flaxmnist {}".format)
     assert "next: flaxmnist evaluate run\n" in without_data
 
 
 def test_the_parameters_of_a_deep_network_are_cut_in_the_middle(few):
     deep = fm.fit(small(MLPConfig(hidden=(4,) * 20, kernel_init=Constant(0.1)), steps=1), few, devices=1)
-    summary = text.run_summary(deep, Path("run"), None, str).splitlines()
+    summary = text.run_summary(deep, Path("run"), None, Path("experiment.py"), str).splitlines()
     table = summary[summary.index("…") - 15 : summary.index("…") + 15]
     assert table[0].startswith("parameter ") and table[-1].startswith("all ")
     assert len(summary) < 60

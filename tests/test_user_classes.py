@@ -1,17 +1,18 @@
-"""Models of the user's: any frozen dataclass that makes a Flax module is trained, saved, swept and exported."""
+"""Models, optimizers, schedules and losses of the user's: frozen dataclasses, trained, saved, swept and exported."""
 
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import ROOT, assert_same, fit_on_one, slow, small
 from flax import nnx
 
 import flaxmnist as fm
 from flaxmnist import fields
-from flaxmnist.config import Adam, Config, Data
+from flaxmnist.config import SGD, Adam, Config, Data
 from flaxmnist.core import layers
 from flaxmnist.data.sets import Split
 from flaxmnist.errors import UserError
@@ -114,9 +115,11 @@ def test_fields_of_a_model_are_checked():
 def test_reading_a_config_needs_its_classes():
     config = small(ViT(width=4))
     values = fields.to_json(config)
-    assert values["model"] == {"kind": "test_user_models.py:ViT", "width": 4, "rate": 0.1}
+    assert values["model"] == {"kind": "test_user_classes.py:ViT", "width": 4, "rate": 0.1}
     assert fields.from_json(values, Config, fields.user_classes(config)) == config
-    with pytest.raises(UserError, match=r"^model is test_user_models.py:ViT: pass the file that defines it as --exper"):
+    with pytest.raises(
+        UserError, match=r"^model is test_user_classes.py:ViT: pass the file that defines it as --exper"
+    ):
         fields.from_json(values, Config)
 
 
@@ -206,6 +209,49 @@ def test_float_fields_are_traced_if_possible(strict, few, monkeypatch, caplog):
     for factor, trial in zip((0.5, 2.0), sweep.members, strict=True):
         run = fit_on_one(replace(config, model=replace(config.model, factor=factor)), few)
         assert trial.test_loss == pytest.approx(run.result.test_loss, rel=1e-5)
+
+
+# --- Optimizers, schedules, losses ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Halving:
+    """A schedule that halves the rate at the middle of the run."""
+
+    def make(self, rate, updates):
+        return lambda step: jnp.where(step < updates // 2, rate, rate / 2)
+
+
+@dataclass(frozen=True)
+class SignDescent:
+    """Gradient descent by the signs of the gradient."""
+
+    rate: float = 0.01
+
+    def make(self, updates):
+        return optax.sign_sgd(Halving().make(self.rate, updates))
+
+
+@dataclass(frozen=True)
+class Hinge:
+    """Multi-class hinge loss."""
+
+    margin: float = 1.0
+
+    def losses(self, logits, labels):
+        wrong = jnp.where(jax.nn.one_hot(labels, logits.shape[1]) > 0, -jnp.inf, logits).max(1)
+        return jax.nn.relu(self.margin + wrong - jnp.take_along_axis(logits, labels[:, None], 1)[:, 0])
+
+
+def test_optimizer_schedule_and_loss_may_be_your_own(few, tmp_path):
+    config = replace(small(optimizer=SignDescent(), steps=20), objective=Hinge())
+    run = fit_on_one(config, few, tmp_path)
+    losses = [record["loss"] for record in run.history if record["split"] == "train"]
+    assert losses[0] == pytest.approx(1.0) and losses[-1] < 0.7
+    assert fm.load_run(tmp_path, config=config).config == config
+    sweep = fm.sweep(config, few, seeds=1, over={"optimizer.rate": [0.01, 0.02]}, share_order=True, devices=1)
+    assert sweep.members[0].test_loss == pytest.approx(run.result.test_loss, rel=1e-4)
+    assert_same(fit_on_one(small(optimizer=SGD(schedule=Halving())), few).state.step, jnp.int32(20))
 
 
 # --- Layers ---------------------------------------------------------------------------------------------------------

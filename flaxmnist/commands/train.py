@@ -139,7 +139,7 @@ def train_process(arguments: Arguments, clock: console.Clock) -> None:
             clock=clock,
         )
     if processes.is_first_process():
-        print(text.run_summary(run, workdir, arguments.data_dir, command))
+        print(text.run_summary(run, workdir, arguments.data_dir, arguments.experiment, command))
     assert run.result is not None
     accuracy = run.result.test_accuracy
     if arguments.min_accuracy is not None and accuracy < arguments.min_accuracy:

@@ -9,12 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax.core import Tracer
 from jaxtyping import Array, Int, PRNGKeyArray
 
 Path = tuple[Any, ...]  # names and indices from the module to an array
+
+
+def no_key() -> PRNGKeyArray:
+    """Return a key for a model in evaluation mode, which does not use it. ``jax.random.key`` would compile a program."""
+    return jax.random.wrap_key_data(np.zeros(2, np.uint32))
 
 
 class BatchKey(nnx.RngKey):
@@ -34,15 +40,18 @@ class Definition:
     def merge(
         self, params: Any, buffers: Any, key: PRNGKeyArray | None = None, shard: int | Int[Array, ""] = 0
     ) -> nnx.Module:
-        """Return the module with these arrays, given as nested dicts, and random keys derived from ``key``.
+        """Return the module with these arrays, given as nested dicts, and random keys derived from ``key``, if any.
 
         The keys of different layers differ, and those of different shards unless they are a BatchKey.
         """
         random = {path: jnp.uint32(0) for path in self.counts}
         for index, path in enumerate(self.keys):
-            random[path] = jax.random.fold_in(jax.random.key(0) if key is None else key, index)
-            if path not in self.batch_keys:
-                random[path] = jax.random.fold_in(random[path], shard)
+            if key is None:
+                random[path] = no_key()
+            elif path in self.batch_keys:
+                random[path] = jax.random.fold_in(key, index)
+            else:
+                random[path] = jax.random.fold_in(jax.random.fold_in(key, index), shard)
         return nnx.merge(self.graphdef, params, buffers, unflatten_dict(random))
 
 

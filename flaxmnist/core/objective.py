@@ -26,6 +26,15 @@ def cross_entropy(
     return -jnp.sum(targets * jnp.log(jax.nn.softmax(logits)), axis=1)
 
 
+def focal(
+    logits: Float[Array, "b classes"], labels: Int[Array, " b"], gamma: float | Float[Array, ""]
+) -> Float[Array, " b"]:
+    """Return the focal loss of each image: cross-entropy · (1 − p)^gamma, with the probability p of its label."""
+    losses = cross_entropy(config.Objective(), logits, labels)
+    # 1 − p without cancellation; at least the smallest float, because the gradient of 0^gamma may be infinite.
+    return losses * jnp.maximum(-jnp.expm1(-losses), jnp.finfo(logits.dtype).tiny) ** gamma
+
+
 def correct(logits: Float[Array, "b classes"], labels: Int[Array, " b"]) -> Bool[Array, " b"]:
     """Return True for each image whose largest logit is that of its label."""
     return jnp.argmax(logits, axis=1) == labels

@@ -22,10 +22,9 @@ def matrix_axes(params: Any) -> Any:
     return jax.tree.map(lambda leaf: by_ndim.get(leaf.ndim), params)
 
 
-def schedule(optimizer: config.Optimizer, updates: int) -> optax.Schedule:
+def make_schedule(schedule: config.BuiltInSchedule, rate: float, updates: int) -> optax.Schedule:
     """Return the learning rate as a function of the number of updates done, for a run of ``updates``."""
-    rate = optimizer.learning_rate
-    match optimizer.schedule:
+    match schedule:
         case config.Flat():
             return optax.constant_schedule(rate)
         case config.Cosine(warmup_steps=warmup, end=end):
@@ -36,20 +35,34 @@ def schedule(optimizer: config.Optimizer, updates: int) -> optax.Schedule:
             return optax.cosine_onecycle_schedule(max(1, updates), rate, peak, start, end / start)
         case config.Exponential(decay=decay, every=every):
             return optax.exponential_decay(rate, every, decay)
+        case config.WarmupStableDecay(warmup=warmup, decay=decay, end=end):
+            rise, fall = round(warmup * updates), updates - round(decay * updates)
+            up, down = optax.linear_schedule(0, rate, rise), optax.linear_schedule(rate, end * rate, updates - fall)
+            return optax.join_schedules([up, optax.constant_schedule(rate), down], [rise, max(rise, fall)])
+    raise TypeError(f"{schedule} has no schedule")
 
 
-def make_optimizer(optimizer: config.Optimizer, updates: int) -> optax.GradientTransformation:
+def is_matrix(params: Any) -> Any:
+    """Return True for each parameter that is a matrix or a kernel, not a bias or a scale."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def make_optimizer(optimizer: config.BaseOptimizer, updates: int) -> optax.GradientTransformation:
     """Return the transformation that ``optimizer`` describes, for a run of ``updates`` updates.
 
     It averages the gradients of ``accumulate`` batches, clips by global norm, and applies the optimizer.
     """
-    rate = optimizer.learning_rate if isinstance(optimizer.schedule, config.Flat) else schedule(optimizer, updates)
+    rate = optimizer.learning_rate
+    rate = rate if isinstance(optimizer.schedule, config.Flat) else optimizer.schedule.make(rate, updates)
     match optimizer:
         case config.SGD(momentum=momentum, nesterov=nesterov):
             update = optax.sgd(rate, None if fields.is_zero(momentum) else momentum, nesterov)
-        case config.Adam(b1=b1, b2=b2, eps=eps, weight_decay=decay):
-            no_decay = fields.is_zero(decay)
-            update = optax.adam(rate, b1, b2, eps) if no_decay else optax.adamw(rate, b1, b2, eps, weight_decay=decay)
+        case config.Adam(b1=b1, b2=b2, eps=eps, weight_decay=decay, decay_vectors=all_decay):
+            mask = None if all_decay else is_matrix
+            adamw = optax.adamw(rate, b1, b2, eps, weight_decay=decay, mask=mask)
+            update = optax.adam(rate, b1, b2, eps) if fields.is_zero(decay) else adamw
+        case config.Lion(b1=b1, b2=b2, weight_decay=decay, decay_vectors=all_decay):
+            update = optax.lion(rate, b1, b2, weight_decay=decay, mask=None if all_decay else is_matrix)
         case config.Muon(momentum=momentum, newton_schulz_steps=iterations):
             update = optax.contrib.muon(
                 rate,
@@ -59,6 +72,8 @@ def make_optimizer(optimizer: config.Optimizer, updates: int) -> optax.GradientT
                 muon_weight_dimension_numbers=matrix_axes,
                 consistent_rms=MUON_RMS,
             )
+        case _:
+            raise TypeError(f"{optimizer} has no optimizer")
     if optimizer.clip_norm is not None:
         update = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), update)
     if optimizer.accumulate > 1:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt8
 
 from flaxmnist.config import MODELS, Config
-from flaxmnist.core import layers, models, objective, optim
+from flaxmnist.core import layers, models, objective
 from flaxmnist.core.augment import augment
 from flaxmnist.core.definition import split
 from flaxmnist.core.state import Batch, Metrics, Totals, TrainState
@@ -58,7 +58,7 @@ def create_state(config: Config, shape: Sequence[int], classes: int) -> TrainSta
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Return the optimizer for a run of the length in ``config``."""
-    return optim.make_optimizer(config.optimizer, config.train.length // config.optimizer.accumulate)
+    return config.optimizer.make(config.train.length // getattr(config.optimizer, "accumulate", 1))
 
 
 def sum_over_devices(tree: Any, axis_name: str | None) -> Any:
@@ -148,7 +148,7 @@ def gradient(
         logits, buffers = forward(config, state, params, augmented, batch.weights, axis_name=axis_name)
         # Padding must not affect the sums and the gradient, even if its loss is not finite.
         logits = jnp.where(batch.weights[:, None] > 0, logits, 0)
-        losses = objective.cross_entropy(config.objective, logits, batch.labels)
+        losses = config.objective.losses(logits, batch.labels)
         total, correct = jnp.sum(losses * batch.weights), objective.correct(logits, batch.labels)
         totals = Totals(total, jnp.sum(correct * batch.weights), jnp.sum(batch.weights))
         return total / images, (totals, buffers)

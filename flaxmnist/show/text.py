@@ -110,7 +110,7 @@ def megabytes(size: float) -> str:
 # --- Runs and sweeps ----------------------------------------------------------------------------------------------
 
 
-def run_summary(run: Run, workdir: Path, data_dir: Path | None, command: Callable[[str], str]) -> str:
+def run_summary(run: Run, workdir: Path, data_dir: Path | None, experiment: Path, command: Callable[[str], str]) -> str:
     """Return the text printed at the end: accuracy, times, parameters, folder, and commands to try next.
 
     ``command`` returns how the user calls a verb.
@@ -120,6 +120,8 @@ def run_summary(run: Run, workdir: Path, data_dir: Path | None, command: Callabl
     accuracy = f"{result.test_accuracy:.4f} of {result.test_count} images"
     quoted = shlex.quote(str(workdir))
     data_option = "" if data_dir is None else f" --data-dir {shlex.quote(str(data_dir))}"
+    # A run folder has no code of the user's classes.
+    class_option = f" --experiment {shlex.quote(str(experiment))}" if fields.user_classes(run.config) else ""
     return "\n".join(
         [
             f"test accuracy {accuracy}, loss {result.test_loss:.4f}, after {result.steps} steps",
@@ -129,9 +131,9 @@ def run_summary(run: Run, workdir: Path, data_dir: Path | None, command: Callabl
             shorten(parameter_table(run.state.params)),
             "",
             f"run folder {workdir}",
-            f"next: {command('evaluate')} {quoted}{data_option}",
-            f"      {command('report')} {quoted}{data_option}",
-            f"      {command('predict')} {quoted} IMAGE.png",
+            f"next: {command('evaluate')} {quoted}{data_option}{class_option}",
+            f"      {command('report')} {quoted}{data_option}{class_option}",
+            f"      {command('predict')} {quoted} IMAGE.png{class_option}",
         ]
     )
 

@@ -28,11 +28,12 @@ MODES = ("eager", "compiled")
 def trainers(experiment: Path, data_dir: Path | None) -> Iterator[dict[str, Callable[[int], None]]]:
     """Yield one function per PyTorch mode (eager and compiled) that trains ``experiment`` for a number of steps.
 
-    Yield none if the optimizer is Muon, which PyTorch has for dense layers only. Raise UserError if PyTorch is missing.
+    Yield none for a model of the user's, or an optimizer other than SGD and Adam. Raise UserError without PyTorch.
     """
     if importlib.util.find_spec("torch") is None:
         raise UserError("--peer torch needs PyTorch, which is not installed: pip install torch")
-    if isinstance(load_experiment(experiment).optimizer, configs.Muon):
+    config = load_experiment(experiment)
+    if not (isinstance(config.model, configs.MODELS) and isinstance(config.optimizer, configs.SGD | configs.Adam)):
         yield {}
         return
     command = [sys.executable, "-m", "flaxmnist.speed.torch_peer", *filter(None, (experiment, data_dir))]

@@ -21,7 +21,7 @@ from flaxmnist.errors import UserError
 
 # Fields whose values may differ between the trials of one program.
 TRACED = re.compile(
-    r"optimizer\.(learning_rate|momentum|b1|b2|weight_decay)|model\.dropout|objective\.label_smoothing"
+    r"optimizer\.(learning_rate|momentum|b1|b2|weight_decay)|model\.dropout|objective\.(label_smoothing|gamma)"
     r"|model\.(kernel|bias)_init\.\w+"
 )
 
