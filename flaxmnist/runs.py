@@ -171,8 +171,8 @@ def check(config: Config, data: Dataset, mesh: Mesh, backend: Backend) -> None:
     order.steps_per_epoch(config, len(data.train.labels))
     if config.data.order == "file" and not data.file_order:
         raise UserError(f"data.order file needs the original files, not {data.source}: use --data.order shuffled")
+    steps.check_model(config, data.train, data.classes, mesh.shape[parallel.BATCH])
     shapes = program.state_shapes(config, data, mesh)
-    steps.check_model(config, shapes, data.train, data.classes, mesh.shape[parallel.BATCH])
     parallel.check_model(shapes.params, mesh)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     parallel.check_memory("the state of this model", size, mesh)

@@ -18,6 +18,7 @@ from flaxmnist.data.sets import Split
 from flaxmnist.errors import UserError
 from flaxmnist.store import exports
 from flaxmnist.store.load import evaluate_run, load_checkpoint
+from flaxmnist.sweeps.runner import run_sweep
 
 RESNET = fm.load_experiment(ROOT / "experiments/resnet.py").model
 
@@ -49,6 +50,26 @@ class ViT:
 
     def make(self, shape, classes, rngs):
         return Transformer(shape, classes, self.width, self.rate, rngs)
+
+
+class Normalised(nnx.Module):
+    """Two dense layers with batch normalisation and dropout."""
+
+    def __init__(self, inputs, classes, rngs):
+        self.first, self.last = nnx.Linear(inputs, 8, rngs=rngs), nnx.Linear(8, classes, rngs=rngs)
+        self.norm, self.dropout = fm.BatchNorm(8, rngs=rngs), nnx.Dropout(0.2, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.norm(self.first(x.reshape(x.shape[0], -1)))
+        return self.last(self.dropout(nnx.relu(x)))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A small model with everything that a training step must carry."""
+
+    def make(self, shape, classes, rngs):
+        return Normalised(shape[0] * shape[1] * shape[2], classes, rngs)
 
 
 class Scaled(nnx.Module):
@@ -85,7 +106,8 @@ def colours(few):
     return replace(few, **{name: convert(split) for name, split in few.splits().items()})
 
 
-MODELS = {"resnet": RESNET, "vit": ViT()}
+MODELS = {"dense": Dense(), "resnet": RESNET, "vit": ViT()}
+NAMES = ["dense", slow("resnet"), slow("vit")]
 
 
 # --- Configs --------------------------------------------------------------------------------------------------------
@@ -149,7 +171,7 @@ def test_an_experiment_file_is_loaded_once_unless_it_changes(tmp_path):
 # --- Training -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vit", slow("resnet")])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_is_bitwise_identical_and_its_export_too(name, few, fit_until, tmp_path):
     config = small(
         MODELS[name], optimizer=Adam(learning_rate=1e-2), evaluate_every=1, checkpoint_every=5, ema_decay=0.9, steps=12
@@ -169,14 +191,14 @@ def test_a_resumed_run_is_bitwise_identical_and_its_export_too(name, few, fit_un
     assert exports.evaluate(tmp_path / "export/model.safetensors", config=config).loss == pytest.approx(test, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [slow("resnet"), "vit"])
+@pytest.mark.parametrize("name", NAMES)
 def test_images_may_have_colours(name, colours):
     run = fit_on_one(small(MODELS[name], optimizer=Adam(learning_rate=1e-2), steps=40), colours)
     losses = [record["loss"] for record in run.history if record["split"] == "train"]
     assert np.mean(losses[-5:]) < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("name", ["resnet", slow("vit")])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_sweep_trains_the_runs_of_its_seeds(name, few):
     config = small(MODELS[name], optimizer=Adam(learning_rate=1e-2), steps=8)
     sweep = fm.sweep(config, few, seeds=2, exact=True, devices=1)
@@ -342,4 +364,6 @@ class Wrong:
 def test_mistakes_are_errors_before_anything_is_written(mistake, message, few, tmp_path):
     with pytest.raises(UserError, match=message):
         fit_on_one(small(Wrong(mistake)), few, tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        run_sweep([(small(Wrong(mistake)), few)], [0], [{}], devices=1, workdir=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -19,8 +19,8 @@ Path = tuple[Any, ...]  # names and indices from the module to an array
 
 
 def no_key() -> PRNGKeyArray:
-    """Return a key for a model in evaluation mode, which does not use it. ``jax.random.key`` would compile a program."""
-    return jax.random.wrap_key_data(np.zeros(2, np.uint32))
+    """Return a key for a model in evaluation mode, which does not use it, without compiling a program."""
+    return jax.random.wrap_key_data(jnp.asarray(np.zeros(2, np.uint32)))
 
 
 class BatchKey(nnx.RngKey):

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.typing import ArrayLike
 from optax.contrib import MuonDimensionNumbers
 
 from flaxmnist import config, fields
@@ -22,7 +23,7 @@ def matrix_axes(params: Any) -> Any:
     return jax.tree.map(lambda leaf: by_ndim.get(leaf.ndim), params)
 
 
-def make_schedule(schedule: config.BuiltInSchedule, rate: float, updates: int) -> optax.Schedule:
+def make_schedule(schedule: config.BuiltInSchedule, rate: ArrayLike, updates: int) -> optax.Schedule:
     """Return the learning rate as a function of the number of updates done, for a run of ``updates``."""
     match schedule:
         case config.Flat():

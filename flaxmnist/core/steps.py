@@ -111,13 +111,11 @@ def forward(
     return logits, jax.tree.map(lambda new, old: new.astype(old.dtype), buffers, state.buffers)
 
 
-def check_model(config: Config, state: TrainState, train: Split, classes: int, num_shards: int) -> None:
-    """Raise UserError if a model of the user's cannot be trained on batches of ``train`` in ``num_shards`` shards.
-
-    The leaves of ``state`` may be shapes.
-    """
+def check_model(config: Config, train: Split, classes: int, num_shards: int) -> None:
+    """Raise UserError if a model of the user's cannot be trained on batches of ``train`` in ``num_shards`` shards."""
     if isinstance(config.model, MODELS):
         return
+    state = jax.eval_shape(partial(create_state, config, train.images.shape[1:], classes))
     images = jax.ShapeDtypeStruct((2, *train.images.shape[1:]), jnp.float32)
     weights = jax.ShapeDtypeStruct((2,), jnp.float32)
     logits, _ = jax.eval_shape(partial(forward, config), state, state.params, images, weights)

@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from flaxmnist.config import Config
 from flaxmnist.console import Progress, logger
+from flaxmnist.core import steps
+from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset
 from flaxmnist.devices import parallel
 from flaxmnist.devices.program import TrialProgram, put_split
@@ -65,6 +67,8 @@ def run_sweep(
     if len(set(names)) < len(names):
         raise UserError(f"experiments of a sweep need different names, but these are {', '.join(names)}: rename one")
     mesh, trials = parallel.make_mesh(devices), plan_trials(experiments, seeds, settings, share_order)
+    for config, data in experiments:
+        steps.check_model(order.resolve_length(config, len(data.train.labels)), data.train, data.classes, 1)
     info = SweepInfo(
         experiments=tuple(config for config, _ in experiments),
         data=tuple(DataInfo.of(data) for _, data in experiments),
@@ -76,9 +80,9 @@ def run_sweep(
         versions=versions(),
     )
     with open_sweep_folder(workdir, info, resume=resume, overwrite=overwrite) as folder:
-        steps = [trial.config.train.length for trial in trials]
+        lengths = [trial.config.train.length for trial in trials]
         progress = Progress(
-            sum(steps), sum(steps[index] for index in folder.results), trials[0].config.train.batch_size
+            sum(lengths), sum(lengths[index] for index in folder.results), trials[0].config.train.batch_size
         )
         try:
             with parallel.memory_errors():
@@ -87,7 +91,7 @@ def run_sweep(
         finally:
             progress.close()
             folder.flush()
-        return folder.finish(sum(steps))
+        return folder.finish(sum(lengths))
 
 
 def train_group(group: Group, mesh: Mesh, folder: SweepFolder, progress: Progress, stop: threading.Event) -> None:
