@@ -1,12 +1,13 @@
 """The public names of the package, which ``import flaxmnist as fm`` imports when the first one is used."""
 
-from flaxmnist.config import Config, load_experiment
+from flaxmnist.config import Config
 from flaxmnist.core.layers import BatchNorm, Dropout
 from flaxmnist.core.models import CNN, MLP, Softmax, make_model
 from flaxmnist.core.state import Batch, TrainState
 from flaxmnist.core.steps import create_state, train_step, train_steps
 from flaxmnist.data.sets import Dataset, Split, load_data
 from flaxmnist.devices.evaluation import Evaluation, evaluate, predict
+from flaxmnist.experiment import load_experiment
 from flaxmnist.runs import fit
 from flaxmnist.show import plots
 from flaxmnist.store.load import Run, load_run

@@ -15,11 +15,11 @@ import pytest
 from conftest import ROOT, assert_same, main, small
 from PIL import Image
 
-from flaxmnist.config import load_experiment
 from flaxmnist.core import steps
 from flaxmnist.data import order
 from flaxmnist.devices import parallel, program
 from flaxmnist.errors import UserError
+from flaxmnist.experiment import load_experiment
 from flaxmnist.runs import fit
 from flaxmnist.speed import benchmarks, torch_peer
 

@@ -12,13 +12,14 @@ from conftest import ROOT, small, user_error
 from flaxmnist import config, fields
 from flaxmnist.config import SGD, Adam, Augment, CNNConfig, Config, Data, MLPConfig, Objective, SoftmaxConfig, Train
 from flaxmnist.errors import UserError
+from flaxmnist.experiment import load_experiment
 
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_experiment_file_survives_json(path):
-    experiment = config.load_experiment(path)
+    experiment = load_experiment(path)
     assert fields.from_json(fields.to_json(experiment), Config, fields.user_classes(experiment)) == experiment
     assert experiment.name == path.stem
 
@@ -205,12 +206,12 @@ def test_broken_experiment_file_is_named(text, message, tmp_path):
     path = tmp_path / "broken.py"
     path.write_text(text)
     with user_error(message, str(path)):
-        config.load_experiment(path)
+        load_experiment(path)
 
 
 def test_missing_experiment_file_is_named():
     with pytest.raises(UserError, match=r"no experiment file nowhere\.py: pass the path of"):
-        config.load_experiment(Path("nowhere.py"))
+        load_experiment(Path("nowhere.py"))
 
 
 def test_configs_are_frozen_and_hashable():

@@ -27,7 +27,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 # Imports run downwards in this list only.
 ORDER = [
     "commands", "api", "speed", "show", "sweeps", "runs", "loop", "store", "devices", "core", "data",
-    "console", "config", "fields", "errors",
+    "console", "experiment", "config", "fields", "errors",
 ]  # fmt: skip
 
 # Libraries, and the packages or modules that may import them.

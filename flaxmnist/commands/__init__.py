@@ -63,7 +63,7 @@ def run(verb: str, argv: list[str]) -> int:
 
 def load_classes(experiment: Path | None) -> "Config | None":
     """Return the config of the experiment file that a user passes for its classes, if any."""
-    from flaxmnist.config import load_experiment
+    from flaxmnist.experiment import load_experiment
 
     return None if experiment is None else load_experiment(experiment)
 

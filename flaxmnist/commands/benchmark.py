@@ -8,8 +8,8 @@ from typing import Literal
 import tyro
 
 from flaxmnist.commands import command
-from flaxmnist.config import find_experiment
 from flaxmnist.errors import UserError, exit_code
+from flaxmnist.experiment import find_experiment
 from flaxmnist.speed import benchmarks, scaling
 
 SYSTEMS = ("softmax_beginners", "softmax_epochs", "mlp_scratch", "cnn_experts", "cnn_layers")

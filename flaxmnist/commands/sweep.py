@@ -7,10 +7,10 @@ import tyro
 
 from flaxmnist import console
 from flaxmnist.commands import command
-from flaxmnist.config import load_experiment
 from flaxmnist.data.sets import load_data
 from flaxmnist.devices import program, signals
 from flaxmnist.errors import UserError, exit_code
+from flaxmnist.experiment import load_experiment
 from flaxmnist.show import reports, text
 from flaxmnist.sweeps import settings
 from flaxmnist.sweeps.runner import run_sweep

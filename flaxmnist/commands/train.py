@@ -10,11 +10,12 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from flaxmnist import console
 from flaxmnist.commands import START, command
-from flaxmnist.config import Config, find_experiment, load_experiment
+from flaxmnist.config import Config
 from flaxmnist.data.sets import load_data
 from flaxmnist.devices import processes, program, signals
 from flaxmnist.devices.processes import HEARTBEAT_TIMEOUT
 from flaxmnist.errors import BelowTarget, UserError, exit_code
+from flaxmnist.experiment import find_experiment, load_experiment
 from flaxmnist.fields import bounds
 from flaxmnist.runs import fit
 from flaxmnist.show import text

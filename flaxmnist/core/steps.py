@@ -124,8 +124,10 @@ def check_model(config: Config, train: Split, classes: int, num_shards: int) -> 
     uneven = config.train.batch_size % num_shards > 0
     short = config.data.last_batch == "keep" and len(train.labels) % config.train.batch_size > 0
     modules = [module for _, module in nnx.iter_modules(state.definition.merge(state.params, state.buffers))]
-    own = any(isinstance(module, nnx.BatchNorm) and not isinstance(module, layers.BatchNorm) for module in modules)
-    if own and (uneven or short):
+    counts_padding = any(
+        isinstance(module, nnx.BatchNorm) and not isinstance(module, layers.BatchNorm) for module in modules
+    )
+    if counts_padding and (uneven or short):
         raise UserError(
             "nnx.BatchNorm would count the padding of incomplete batches: use flaxmnist.BatchNorm, or "
             f"--data.last-batch drop with a train.batch_size divisible by {num_shards} devices"

@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxmnist.config import Config, load_experiment
+from flaxmnist.config import Config
 from flaxmnist.core import steps
 from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset, load_data
 from flaxmnist.devices import evaluation, parallel, program
+from flaxmnist.experiment import load_experiment
 from flaxmnist.loop.advance import Pace, advance
 from flaxmnist.show import canvas, text
 from flaxmnist.speed import torch_peer

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from flaxmnist import config as configs
-from flaxmnist.config import Config, load_experiment
+from flaxmnist.config import Config
 from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset, load_data
 from flaxmnist.errors import UserError
+from flaxmnist.experiment import load_experiment
 
 MODES = ("eager", "compiled")
 

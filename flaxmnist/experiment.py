@@ -1,0 +1,50 @@
+"""Experiment files: Python files that define a ``config``."""
+
+import hashlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from flaxmnist.config import Config
+from flaxmnist.errors import UserError
+
+
+def find_experiment(name: str | Path) -> Path:
+    """Return the path of an experiment: a file, or the name of one that comes with flaxmnist, such as "quickstart"."""
+    here = Path(__file__).parent  # in a wheel, it contains the experiments
+    files = [folder / f"experiments/{name}.py" for folder in (here, here.parent) if str(name).isidentifier()]
+    return next(filter(Path.is_file, [Path(name), *files]), Path(name))
+
+
+def load_module(path: Path) -> ModuleType:
+    """Run a Python file as a module, only once per process unless it changes, so that its classes stay the same."""
+    content = path.read_bytes()
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode() + content).hexdigest()[:16]}"
+    if name not in sys.modules:
+        sys.modules[name] = module = ModuleType(name)  # dataclasses look up the types of their fields there
+        module.__file__ = str(path)
+        try:
+            exec(compile(content, path, "exec"), vars(module))
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def load_experiment(path: str | Path) -> Config:
+    """Run an experiment file, or the experiment with this name, which is Python code, and return its config.
+
+    Raise UserError if the file is missing, fails, or defines no ``config``.
+    """
+    path = find_experiment(path)
+    if not path.is_file():
+        raise UserError(f"no experiment file {path}: pass the path of a .py file, or a name such as quickstart")
+    try:
+        config = vars(load_module(path.resolve())).get("config")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{path} does not run: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(config, Config):
+        raise UserError(f"{path} defines no config: it must assign a flaxmnist.config.Config to `config`")
+    return config
