@@ -185,8 +185,13 @@ def test_folder_that_cannot_be_created(server: str, tmp_path: Path):
 
 def test_partial_file_is_removed_on_interruption(server: str, tmp_path: Path):
     """The process gets Ctrl-C half way."""
-    with pytest.raises(KeyboardInterrupt):
-        fetch(f"{server}/interrupted", tmp_path / "file", CHECKSUM, len(BODY))
+    # A shell starts background jobs with this signal ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fetch(f"{server}/interrupted", tmp_path / "file", CHECKSUM, len(BODY))
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert list(tmp_path.iterdir()) == []
 
 
