@@ -3,8 +3,17 @@
 from flaxmnist.config import Config
 from flaxmnist.core.layers import BatchNorm, Dropout
 from flaxmnist.core.models import CNN, MLP, Softmax, make_model
-from flaxmnist.core.state import Batch, TrainState
-from flaxmnist.core.steps import create_state, train_step, train_steps
+from flaxmnist.core.state import Batch, Gradient, Metrics, TrainState
+from flaxmnist.core.steps import (
+    augmented_images,
+    create_state,
+    forward,
+    gradient,
+    sum_over_devices,
+    train_step,
+    train_steps,
+    update,
+)
 from flaxmnist.data.sets import Dataset, Split, load_data
 from flaxmnist.devices.evaluation import Evaluation, evaluate, predict
 from flaxmnist.experiment import load_experiment
@@ -23,21 +32,28 @@ __all__ = [
     "Dataset",
     "Dropout",
     "Evaluation",
+    "Gradient",
+    "Metrics",
     "Run",
     "Softmax",
     "Split",
     "Sweep",
     "TrainState",
+    "augmented_images",
     "create_state",
     "evaluate",
     "fit",
+    "forward",
+    "gradient",
     "load_data",
     "load_experiment",
     "load_run",
     "make_model",
     "plots",
     "predict",
+    "sum_over_devices",
     "sweep",
     "train_step",
     "train_steps",
+    "update",
 ]

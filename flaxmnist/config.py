@@ -348,10 +348,11 @@ class Train:
     log_every: Count = 100  # steps between training records
     evaluate_every: Count | None = None  # steps between evaluations on the validation images; None: only at the end
     checkpoint_every: Count | None = None  # steps between checkpoints; None: only at the end
-    keep: Count = 2  # number of latest checkpoints to keep, besides the best by validation accuracy
+    keep: Count = 2  # number of latest checkpoints to keep, besides the best
     report: Literal["loss", "epoch_cost", "batch_loss", "batch_accuracy", "probabilities"] = "loss"  # console lines
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype inside a training step; weights stay float32
     ema_decay: BelowOne | None = None  # decay per step of the average of the weights for evaluation; None: no average
+    monitor: str = "accuracy"  # validation metric of the best checkpoint and of patience, see core/metrics.py
     stop_accuracy: AboveZero | None = None  # stop at this validation accuracy, a fraction; None: never
     skip_nonfinite: Natural = 0  # consecutive steps with non-finite loss or gradient to skip before the run fails
     patience: Count | None = None  # stop after this many evaluations without improvement; None: never

@@ -1,12 +1,20 @@
-"""Experiment files: Python files that define a ``config``."""
+"""Experiment files: Python files that define a ``config`` and, if they like, their own ``step`` and ``arrays``."""
 
 import hashlib
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 from flaxmnist.config import Config
 from flaxmnist.errors import UserError
+
+
+class Experiment(NamedTuple):
+    """The content of an experiment file."""
+
+    config: Config
+    options: dict[str, Any]  # its ``step`` and ``arrays`` if it defines them: arguments of ``fit`` and ``sweep``
 
 
 def find_experiment(name: str | Path) -> Path:
@@ -36,15 +44,23 @@ def load_experiment(path: str | Path) -> Config:
 
     Raise UserError if the file is missing, fails, or defines no ``config``.
     """
+    return read_experiment(path).config
+
+
+def read_experiment(path: str | Path) -> Experiment:
+    """Run an experiment file and return its config, and its step if it has one. Raise as ``load_experiment`` does."""
     path = find_experiment(path)
     if not path.is_file():
         raise UserError(f"no experiment file {path}: pass the path of a .py file, or a name such as quickstart")
     try:
-        config = vars(load_module(path.resolve())).get("config")
+        names = vars(load_module(path.resolve()))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (Exception, SystemExit) as error:
         raise UserError(f"{path} does not run: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    if not isinstance(config, Config):
+    if not isinstance(names.get("config"), Config):
         raise UserError(f"{path} defines no config: it must assign a flaxmnist.config.Config to `config`")
-    return config
+    options = {name: names[name] for name in ("step", "arrays") if name in names}
+    if wrong := [name for name, value in options.items() if not callable(value)]:
+        raise UserError(f"{path}: {wrong[0]} must be a function")
+    return Experiment(names["config"], options)

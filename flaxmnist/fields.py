@@ -82,10 +82,10 @@ def kind_name(kind: Any) -> str:
     return kind.__name__.removesuffix("Config")
 
 
-def user_kind_name(kind: type) -> str:
-    """Return the name of a user's class in JSON: "FILE.py:Class" or, without a file, "notebook:Class"."""
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    return f"{Path(file).name if file else 'notebook'}:{kind.__qualname__}"
+def user_name(thing: Any) -> str:
+    """Return the name of a user's class or function in JSON: "FILE.py:Class" or, without a file, "notebook:Class"."""
+    file = getattr(sys.modules.get(thing.__module__), "__file__", None)
+    return f"{Path(file).name if file else 'notebook'}:{getattr(thing, '__qualname__', type(thing).__name__)}"
 
 
 def user_classes(value: Any) -> set[type]:
@@ -195,7 +195,7 @@ def to_json(value: Any, field: FieldType | None = None) -> Any:
         return {name: to_json(item, items) for name, item in value.items()}
     if not dataclasses.is_dataclass(value):
         return value
-    name = kind_name if field and type(value) in field.types else user_kind_name
+    name = kind_name if field and type(value) in field.types else user_name
     kind = {"kind": name(type(value))} if field and len(field.kinds) > 1 else {}
     return kind | {name: to_json(getattr(value, name), inner) for name, inner in field_types(type(value)).items()}
 
@@ -204,9 +204,9 @@ def from_json(values: Any, kind: type[Content], classes: Iterable[type] = ()) ->
     """Invert ``to_json``, for the dataclass ``kind``. Raise UserError for anything that it cannot have written.
 
     ``classes`` are the user's dataclasses that it may contain. Fields that an older version did not have get their
-    defaults, with a warning.
+    defaults, with a warning unless that is None or ().
     """
-    reader = Reader({user_kind_name(own): own for own in classes}, [])
+    reader = Reader({user_name(own): own for own in classes}, [])
     content = reader.build(values, FieldType(kind), "")
     if reader.missing:
         logger.warning("an older version wrote no %s: using the default", ", ".join(reader.missing))
@@ -244,7 +244,9 @@ class Reader(NamedTuple):
         optional = {field.name for field in dataclasses.fields(kind) if has_default(field)}
         if wrong := sorted((values.keys() - inner.keys() - others) | (inner.keys() - values.keys() - optional)):
             raise UserError(f"{path or 'the JSON'} has {'unknown' if wrong[0] in values else 'no'} field {wrong[0]!r}")
-        self.missing.extend(prefix + name for name in inner if name not in values)
+        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+        # None and () say that a feature is not used, as it was before there was a field for it.
+        self.missing.extend(prefix + name for name in inner if name not in values and defaults[name] not in (None, ()))
         arguments = {name: self.build(values[name], inner[name], prefix + name) for name in inner if name in values}
         for argument, value in arguments.items():
             inner[argument].check(value, prefix + argument)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,14 @@ from jax.sharding import Mesh
 
 from flaxmnist.config import Config
 from flaxmnist.console import Clock, logger
-from flaxmnist.core import steps
+from flaxmnist.core import metrics, steps
 from flaxmnist.core.state import Metrics, TrainState
+from flaxmnist.core.steps import Step
 from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset
 from flaxmnist.devices import evaluation, parallel, program
 from flaxmnist.devices.evaluation import Evaluation
-from flaxmnist.devices.program import Backend, Program
+from flaxmnist.devices.program import Backend, MakeArrays, Program
 from flaxmnist.errors import Diverged, Stopped, UserError
 from flaxmnist.loop.advance import Pace, advance
 from flaxmnist.loop.conditions import is_due, next_due, stops_early
@@ -35,6 +37,9 @@ PROFILE_STEPS = 10
 # Called after each evaluation with the number of steps, the split ("validation" or "test") and the scores.
 OnEvaluation = Callable[[int, str, Evaluation], None]
 
+# Called at each checkpoint with the state, whose arrays are donated to the next step: copy those to keep.
+OnCheckpoint = Callable[[TrainState], None]
+
 
 @dataclass(frozen=True)
 class Session:
@@ -42,6 +47,8 @@ class Session:
 
     info: RunInfo  # with the config, whose length is in steps
     data: Dataset
+    step: Step
+    arrays: Any  # of the step
     mesh: Mesh
     backend: Backend
     folder: NoFolder  # or a RunFolder
@@ -49,6 +56,7 @@ class Session:
     clock: Clock
     stop: threading.Event
     on_evaluation: OnEvaluation | None
+    on_checkpoint: OnCheckpoint | None
 
 
 def fit(
@@ -56,6 +64,8 @@ def fit(
     data: Dataset,
     workdir: str | Path | None = None,
     *,
+    step: Step = steps.train_step,
+    arrays: MakeArrays | None = None,
     resume: bool = False,
     overwrite: bool = False,
     allow_config_change: bool = False,
@@ -67,6 +77,7 @@ def fit(
     stop: threading.Event | None = None,
     clock: Clock | None = None,
     on_evaluation: OnEvaluation | None = None,
+    on_checkpoint: OnCheckpoint | None = None,
 ) -> Run:
     """Train and evaluate. Save everything in ``workdir``, or write nothing to disk if it is None.
 
@@ -75,11 +86,15 @@ def fit(
     ``allow_config_change`` is set. ``overwrite`` deletes the run. (``store.claim`` decides; ``store.run_folder``
     restores and saves.)
 
+    ``step(config, state, batch, arrays, *, axis_name)`` is the training step: the built-in one, or your own made of the
+    functions in ``core.steps``. ``arrays(config, data)`` makes its ``arrays``, any pytree, at each start.
+
     ``devices`` is the number of devices to use (None: all), ``backend`` how training is compiled for them, and
     ``model_parallel`` the number of devices that each dense kernel is split over. ``profile`` is a folder for a trace
     of a few steps after warm-up. ``experiment`` is the file that defines ``config``; its name goes into
     ``config.json``. Setting ``stop`` ends the run after the current chunk, with a checkpoint. ``clock`` contains the
-    seconds that the command has spent so far. ``on_evaluation(step, split, scores)`` is called after each evaluation.
+    seconds that the command has spent so far. ``on_evaluation(step, split, scores)`` is called after each evaluation,
+    ``on_checkpoint(state)`` at each checkpoint, also without a ``workdir``.
 
     Raise UserError if the caller can fix the problem, Diverged if loss, gradient or weights are no longer finite, and
     Stopped.
@@ -87,7 +102,10 @@ def fit(
     config = order.resolve_length(config, len(data.train.labels))
     mesh, clock, stop = parallel.make_mesh(devices, model_parallel), clock or Clock(), stop or threading.Event()
     check(config, data, mesh, backend)
-    info = RunInfo.of(config, data, mesh, backend, experiment)
+    with clock("data"):
+        step_arrays = program.step_arrays(arrays, config, data)
+    steps.check_step(config, data.train, data.classes, step, step_arrays)
+    info = RunInfo.of(config, data, step, mesh, backend, experiment)
     with open_folder(workdir, info, clock, resume, overwrite, allow_config_change) as folder, parallel.memory_errors():
         if folder.finished:
             logger.info("%s is finished", workdir)
@@ -99,7 +117,8 @@ def fit(
                 state = program.initial_state(config, data, mesh)
         epoch_length = order.steps_per_epoch(config, len(data.train.labels))
         with contextlib.closing(TrainingLog(config, epoch_length, folder.records, int(state.step))) as log:
-            session = Session(info, data, mesh, backend, folder, log, clock, stop, on_evaluation)
+            hooks = stop, on_evaluation, on_checkpoint
+            session = Session(info, data, step, step_arrays, mesh, backend, folder, log, clock, *hooks)
             try:
                 return finish(session, train(session, state, profile))
             except Diverged as error:
@@ -121,11 +140,11 @@ def train(session: Session, state: TrainState, profile: str | Path | None) -> Tr
         write_trace(compiled, state, Path(profile))
     log.progress.begin()
 
-    def report(start: int, count: int, metrics: Metrics) -> None:
-        log.chunk(start, count, metrics)
+    def report(start: int, count: int, of_steps: Metrics) -> None:
+        log.chunk(start, count, of_steps)
         folder.update()
 
-    while step < length and not stops_early(config, folder.records.accuracies):
+    while step < length and not stops_early(config, folder.records.validations):
         if report_every and step % report_every == 0:
             report_batch(session, state)
         until = next_due(step, length, config.evaluate_every, config.checkpoint_every, report_every)
@@ -135,10 +154,12 @@ def train(session: Session, state: TrainState, profile: str | Path | None) -> Tr
             )
         if is_due(step, length, config.evaluate_every):
             evaluate(session, state, "validation")
-        ends = stopping or stops_early(config, folder.records.accuracies)
+        ends = stopping or stops_early(config, folder.records.validations)
         if ends or is_due(step, length, config.checkpoint_every) or folder.is_retry_due():
             with clock("checkpoint"):
                 folder.save(state)
+            if session.on_checkpoint is not None:
+                session.on_checkpoint(state)
         if stopping and step < length:
             with clock("checkpoint"):
                 folder.flush(state)
@@ -154,8 +175,8 @@ def finish(session: Session, state: TrainState) -> Run:
     test = evaluate(session, state, "test")
     assert test is not None  # every data set has test images
     state = parallel.gather(state, session.mesh)
-    epochs, accuracies = int(state.step) / session.log.epoch_length, folder.records.accuracies
-    validation = accuracies[-1] if accuracies else None
+    epochs, last = int(state.step) / session.log.epoch_length, folder.records.last("validation")
+    validation = None if last is None else {name: last[name] for name in metrics.METRICS if name in last}
     result = Result.of(info, state, session.clock, epochs=epochs, validation=validation, test=test)
     folder.finish(result)
     return Run(info.config, state, info.data, folder.records.history, result)
@@ -169,6 +190,9 @@ def check(config: Config, data: Dataset, mesh: Mesh, backend: Backend) -> None:
     if backend == "pmap" and (jax.process_count() > 1 or mesh.shape[parallel.MODEL] > 1):
         raise UserError("--backend pmap supports neither several processes nor --model-parallel: use --backend jit")
     order.steps_per_epoch(config, len(data.train.labels))
+    if config.train.monitor not in metrics.METRICS:
+        names = ", ".join(metrics.METRICS)
+        raise UserError(f"train.monitor must be one of {names}, but is {config.train.monitor!r}")
     if config.data.order == "file" and not data.file_order:
         raise UserError(f"data.order file needs the original files, not {data.source}: use --data.order shuffled")
     steps.check_model(config, data.train, data.classes, mesh.shape[parallel.BATCH])
@@ -182,8 +206,9 @@ def compile_training(session: Session, state: TrainState) -> Program:
     """Put the training images on the devices and compile the training program."""
     with session.clock("data"):
         images = program.put_split(session.data.train, session.mesh)
+        arrays = parallel.put(session.arrays, parallel.replicated(session.mesh))
     with session.clock("compile"):
-        compiled = Program(session.info.config, state, images, session.mesh, session.backend)
+        compiled = Program(session.info.config, state, images, session.mesh, session.backend, session.step, arrays)
     parallel.check_memory("training", compiled.bytes, session.mesh)
     return compiled
 
@@ -210,7 +235,7 @@ def report_batch(session: Session, state: TrainState) -> None:
             session.log.batch_accuracy(step, evaluation.evaluate(state.model, images, labels))
         else:
             logits = parallel.gather(program.train_logits(config, state, images), session.mesh)
-            session.log.batch_probabilities(step, np.exp(evaluation.log_softmax(np.asarray(logits))))
+            session.log.batch_probabilities(step, np.exp(metrics.log_softmax(np.asarray(logits))))
 
 
 def evaluate(session: Session, state: TrainState, split: str) -> Evaluation | None:

@@ -3,7 +3,8 @@
     python tests/bits.py [CHECKOUT] [--data-dir DIR] > bits.txt
 
 Run the first 300 steps of each experiment and one small sweep with the code in CHECKOUT (default: this one). Print the
-SHA-256 of the parameters and of metrics.jsonl of each run, and the parameters and test loss of each trial of the sweep.
+SHA-256 of the parameters and of all losses and accuracies of each run, and the parameters and test loss of each trial of
+the sweep.
 """
 
 import argparse
@@ -36,8 +37,11 @@ def main() -> None:
             options = ["--train.steps", "300", "--train.checkpoint-every", "150", "--log-level", "error"]
             launch("train.py", str(experiment), "--workdir", str(run), *options)
             result = json.loads((run / "result.json").read_text())
-            records = hashlib.sha256((run / "metrics.jsonl").read_bytes()).hexdigest()
-            print(experiment.stem, result["params_sha256"], records, flush=True)
+            records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+            common = [[record.get(name) for name in ("step", "split", "loss", "accuracy")] for record in records]
+            print(
+                experiment.stem, result["params_sha256"], hashlib.sha256(repr(common).encode()).hexdigest(), flush=True
+            )
         swept = Path(folder, "sweep")
         options = [
             "--seeds",

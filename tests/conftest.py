@@ -80,16 +80,16 @@ def fit_on_one(config: Config, data: Dataset, *arguments, **options) -> Run:
 
 
 @pytest.fixture
-def fit_until(monkeypatch) -> Callable[[int, Config, Dataset, Path], None]:
-    """A function that trains in chunks of one step, with a signal in an evaluation that stops the run at ``step``."""
+def fit_until(monkeypatch) -> Callable[..., None]:
+    """A function that trains in chunks of one step, with a signal in an evaluation that stops the run."""
 
-    def fit_until(step: int, config: Config, data: Dataset, folder: Path) -> None:
+    def fit_until(stop_at: int, config: Config, data: Dataset, folder: Path, **options) -> None:
         stop = threading.Event()
         with monkeypatch.context() as patch:
             patch.setattr(program, "MAX_STEPS", 1)
-            hook = {"on_evaluation": lambda done, *_: stop.set() if done == step - 1 else None}
-            with pytest.raises(Stopped, match=rf"step {step} of \d+; --resume continues"):
-                fit_on_one(config, data, folder, stop=stop, **hook)
+            hook = {"on_evaluation": lambda done, *_: stop.set() if done == stop_at - 1 else None}
+            with pytest.raises(Stopped, match=rf"step {stop_at} of \d+; --resume continues"):
+                fit_on_one(config, data, folder, stop=stop, **hook, **options)
 
     return fit_until
 

@@ -28,6 +28,7 @@ from flaxmnist.data.photos import read_digit
 from flaxmnist.devices import parallel
 from flaxmnist.errors import Stopped, UserError
 from flaxmnist.sweeps.ensembles import evaluate_ensemble
+from flaxmnist.sweeps.plan import Experiment
 from flaxmnist.sweeps.runner import run_sweep
 
 
@@ -223,7 +224,7 @@ def test_run_folders(count, few, tmp_path):
 @cases(5, 300)
 def test_sweep_folders(count, few, tmp_path):
     def sweep(folder, **options):
-        return run_sweep([(small(steps=2), few)], [0, 1], [{}], devices=1, workdir=folder, **options)
+        return run_sweep([Experiment(small(steps=2), few)], [0, 1], [{}], devices=1, workdir=folder, **options)
 
     sweep(tmp_path / "intact")
     contents = read_files(tmp_path / "intact")

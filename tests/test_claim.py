@@ -7,6 +7,7 @@ from conftest import fit_on_one, small
 
 import flaxmnist as fm
 from flaxmnist.errors import UserError
+from flaxmnist.sweeps.plan import Experiment
 from flaxmnist.sweeps.runner import run_sweep
 
 CONFIG = small(steps=2)
@@ -17,7 +18,7 @@ def train(few, folder, **options):
 
 
 def sweep(few, folder, **options):
-    return run_sweep([(CONFIG, few)], [0, 1], [{}], workdir=folder, devices=1, **options)
+    return run_sweep([Experiment(CONFIG, few)], [0, 1], [{}], workdir=folder, devices=1, **options)
 
 
 def read(folder: Path) -> dict[Path, bytes]:
@@ -62,7 +63,7 @@ def test_paths_with_a_scheme_are_refused(path, few, tmp_path, monkeypatch):
     for folder in (path, Path(path)):
         for call in (
             lambda folder=folder: fit_on_one(small(steps=1), few, folder),
-            lambda folder=folder: run_sweep([(small(steps=1), few)], [0], [{}], workdir=Path(folder)),
+            lambda folder=folder: run_sweep([Experiment(small(steps=1), few)], [0], [{}], workdir=Path(folder)),
             lambda folder=folder: fm.load_run(folder),
             lambda folder=folder: fm.load_data("mnist", folder),
         ):

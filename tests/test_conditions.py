@@ -79,7 +79,9 @@ def test_batches_are_counted_from_the_start_of_the_run_or_of_the_epoch(report, l
     ],
 )
 def test_early_stopping(options, accuracies, stops):
-    assert stops_early(Train(steps=20, evaluate_every=1, **options), accuracies) == stops
+    validations = [{"accuracy": accuracy, "loss": 1 - accuracy} for accuracy in accuracies]
+    for monitor in ("accuracy", "loss"):
+        assert stops_early(Train(steps=20, evaluate_every=1, monitor=monitor, **options), validations) == stops
 
 
 @pytest.mark.parametrize(

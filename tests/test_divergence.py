@@ -7,7 +7,7 @@ import pytest
 from conftest import assert_same, fit_on_one, slow, small
 
 import flaxmnist as fm
-from flaxmnist.config import SGD, Adam, Data, MLPConfig, Normal, Objective
+from flaxmnist.config import SGD, Adam, Data, Exponential, MLPConfig, Normal, Objective
 from flaxmnist.data.sets import Split
 from flaxmnist.errors import Diverged
 
@@ -72,8 +72,9 @@ def test_nonfinite_gradient_raises_diverged(allowed, message, few):
 
 
 def test_nonfinite_steps_can_be_skipped(with_nan_losses, fit_until, tmp_path, caplog):
-    """The count of skipped steps continues if the run is stopped and resumed between them."""
-    config = small(optimizer=Adam(), data=IN_FILE_ORDER, evaluate_every=3, skip_nonfinite=2, ema_decay=0.9)
+    """The count of skipped steps continues if the run is stopped and resumed; the learning rate counts updates."""
+    optimizer = Adam(schedule=Exponential(decay=0.5, every=1))
+    config = small(optimizer=optimizer, data=IN_FILE_ORDER, evaluate_every=3, skip_nonfinite=2, ema_decay=0.9)
     data = with_nan_losses(3, 4, 9)
     caplog.set_level("WARNING", logger="flaxmnist")
     full = fit_on_one(config, data, tmp_path / "full")
@@ -81,8 +82,9 @@ def test_nonfinite_steps_can_be_skipped(with_nan_losses, fit_until, tmp_path, ca
     skipped = [(record["step"], record["count"]) for record in full.history if record["split"] == "skipped"]
     assert skipped == [(3, 1), (4, 2), (9, 3)]
     assert caplog.messages == [f"the loss at step {step} is nan: this step is skipped" for step in (3, 4, 9)]
-    trained = [record["step"] for record in full.history if record["split"] == "train"]
-    assert trained == [step for step in range(20) if step not in (3, 4, 9)]
+    trained = {r["step"]: r["learning_rate"] for r in full.history if r["split"] == "train"}
+    assert list(trained) == [step for step in range(20) if step not in (3, 4, 9)]
+    assert list(trained.values()) == pytest.approx([1e-3 * 0.5**update for update in range(17)])
     fit_until(4, config, data, tmp_path / "stopped")
     assert_same(fit_on_one(config, data, tmp_path / "stopped", resume=True).state, full.state)
     assert (tmp_path / "stopped/metrics.jsonl").read_bytes() == (tmp_path / "full/metrics.jsonl").read_bytes()

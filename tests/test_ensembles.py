@@ -8,8 +8,9 @@ from conftest import small
 
 import flaxmnist as fm
 from flaxmnist.errors import UserError
-from flaxmnist.sweeps.ensembles import evaluate_ensemble, score
+from flaxmnist.sweeps.ensembles import evaluate_ensemble
 from flaxmnist.sweeps.folder import load_trials
+from flaxmnist.sweeps.plan import Experiment
 from flaxmnist.sweeps.runner import run_sweep
 
 
@@ -17,9 +18,11 @@ from flaxmnist.sweeps.runner import run_sweep
 def saved_sweep(few, tmp_path_factory):
     """A sweep of two experiments with two learning rates each, and its folder."""
     folder = tmp_path_factory.mktemp("sweep")
-    experiments = [(small("mlp", evaluate_every=5), few), (replace(small(evaluate_every=5), name="other"), few)]
+    configs = small("mlp", evaluate_every=5), replace(small(evaluate_every=5), name="other")
     settings = [{"optimizer.learning_rate": rate} for rate in (0.01, 0.1)]
-    return run_sweep(experiments, [0, 1, 2], settings, devices=1, workdir=folder), folder
+    return run_sweep(
+        [Experiment(config, few) for config in configs], [0, 1, 2], settings, devices=1, workdir=folder
+    ), folder
 
 
 def test_trials_load_from_the_folder(saved_sweep, few):
@@ -41,9 +44,10 @@ def test_ensemble_averages_probabilities(saved_sweep, digits):
     ensemble = evaluate_ensemble(folder, 2)
     mean = np.mean([fm.predict(model, digits.test.images)[1] for model in models[:2]], axis=0)
     assert ensemble.together.accuracy == (mean.argmax(1) == digits.test.labels).mean()
-    assert ensemble.together == score(mean, digits.test.labels)
+    losses = -np.log(mean[np.arange(360), digits.test.labels])
+    assert ensemble.together.loss == pytest.approx(losses.mean())
     assert len(ensemble.members) == 2
-    assert ensemble.count == 360
+    assert ensemble.together.count == 360
     assert ensemble.setting == best.title
     with pytest.raises(UserError, match="has 3 trials of its best setting"):
         evaluate_ensemble(folder, 4)
@@ -51,14 +55,14 @@ def test_ensemble_averages_probabilities(saved_sweep, digits):
 
 def test_sweep_without_a_best_setting_has_no_ensemble(few, tmp_path):
     settings = [{"optimizer.learning_rate": rate} for rate in (0.01, 0.1)]
-    run_sweep([(small(steps=2), replace(few, validation=None))], [0], settings, devices=1, workdir=tmp_path)
+    run_sweep([Experiment(small(steps=2), replace(few, validation=None))], [0], settings, devices=1, workdir=tmp_path)
     with pytest.raises(UserError, match="has no best setting: an ensemble needs validation images"):
         evaluate_ensemble(tmp_path, None)
 
 
 def test_best_setting_without_trials_is_refused(few, tmp_path):
     """For instance, the parts were deleted."""
-    run_sweep([(small(steps=2), few)], [0], [{}], devices=1, workdir=tmp_path)
+    run_sweep([Experiment(small(steps=2), few)], [0], [{}], devices=1, workdir=tmp_path)
     for part in (tmp_path / "parts").iterdir():
         part.unlink()
     with pytest.raises(UserError, match="has 0 trials of its best setting"):

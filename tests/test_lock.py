@@ -8,6 +8,7 @@ from conftest import fit_on_one, small
 
 from flaxmnist.errors import Stopped, UserError
 from flaxmnist.store.lock import Lock
+from flaxmnist.sweeps.plan import Experiment
 from flaxmnist.sweeps.runner import run_sweep
 
 CONFIG = small(evaluate_every=5, checkpoint_every=5)
@@ -46,5 +47,5 @@ def test_second_sweep_in_the_same_folder_is_refused(few, tmp_path):
     lock = Lock()
     lock.take(tmp_path)
     with pytest.raises(UserError, match="is in use by process"):
-        run_sweep([(CONFIG, few)], [0], [{}], workdir=tmp_path, devices=1, resume=True)
+        run_sweep([Experiment(CONFIG, few)], [0], [{}], workdir=tmp_path, devices=1, resume=True)
     lock.release()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flaxmnist.config import FocalLoss, Objective
+from flaxmnist.core.metrics import log_softmax
 from flaxmnist.core.objective import correct, cross_entropy
-from flaxmnist.devices.evaluation import log_softmax
 
 INTEGER = Objective()
 ONE_HOT = Objective(labels="one_hot")

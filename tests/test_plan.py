@@ -5,12 +5,12 @@ from conftest import small
 
 import flaxmnist as fm
 from flaxmnist.errors import UserError
-from flaxmnist.sweeps.plan import group_trials, plan_trials
+from flaxmnist.sweeps.plan import Experiment, group_trials, plan_trials
 
 
 def test_trials_are_ordered_by_experiment_setting_and_seed(few):
     settings = [{"train.batch_size": 8}, {"train.batch_size": 16}]
-    trials = plan_trials([(small(), few), (small("mlp"), few)], [5, 2], settings, share_order=False)
+    trials = plan_trials([Experiment(small(), few), Experiment(small("mlp"), few)], [5, 2], settings, share_order=False)
     assert [trial.index for trial in trials] == list(range(8))
     assert [(trial.config.train.batch_size, trial.config.seed) for trial in trials] == 2 * [
         (8, 5),
@@ -33,7 +33,7 @@ def test_trials_are_ordered_by_experiment_setting_and_seed(few):
 def test_trials_of_a_group_share_a_program(model, share_order, exact, groups, few):
     """On CPU, trials are vectorised only if they have the same batches and no convolutions."""
     settings = [{"optimizer.learning_rate": rate, "train.batch_size": size} for rate in (0.1, 0.2) for size in (8, 16)]
-    trials = plan_trials([(small(model), few)], [0, 1], settings, share_order)
+    trials = plan_trials([Experiment(small(model), few)], [0, 1], settings, share_order)
     planned = group_trials(trials, share_order, exact)
     assert [(len(group.trials), group.names, group.sequential) for group in planned] == groups
     assert sorted(trial.index for group in planned for trial in group.trials) == list(range(8))

@@ -53,6 +53,7 @@ def figures_by_name(few, run, network, probabilities):
         "digit": plots.digit(images[0], 7),
         "values": plots.values(images),
         "batch_costs": plots.batch_costs(run),
+        "step_metrics": plots.step_metrics(run),
         "history": plots.history(run),
         "histories": plots.history(runs),
         "accuracies": plots.accuracies(runs),

@@ -185,7 +185,7 @@ def train_trials(compiled: TrialProgram, *counts: int):
     configs = [replace(TRIALS, seed=seed) for seed in seeds.tolist()]
     state, step, metrics = compiled.create(seeds, values), 0, None
     for count in counts:
-        before, (state, metrics) = state, compiled(seeds, values, state, configs, step, count)
+        before, (state, metrics) = state, compiled(seeds, values, state, None, configs, step, count)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params)), "the state is donated"
         step += count
     return state, metrics

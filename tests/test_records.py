@@ -107,7 +107,7 @@ def test_evaluations_can_be_read_back():
     """Also those before a resume."""
     first = add(add(Records(None), range(2)), range(2, 4), "validation")
     records = add(Records(None, bytes(first.text)), range(4, 5), "validation")
-    assert records.accuracies == [0.5, 0.5, 0.5]
+    assert [record["accuracy"] for record in records.validations] == [0.5, 0.5, 0.5]
     assert records.last("validation")["step"] == 4
     assert records.last("test") is None
     assert [record["step"] for record in records.rare] == [2, 3, 4], "records of steps are too many to be kept"

@@ -17,12 +17,13 @@ import flaxmnist as fm
 from flaxmnist.devices import evaluation
 from flaxmnist.errors import Stopped, UserError
 from flaxmnist.show import reports
+from flaxmnist.sweeps.plan import Experiment
 from flaxmnist.sweeps.runner import run_sweep
 
 # The pictures for a CNN, in the order of the page.
 PICTURES = [
-    "history", "batch_costs", "confusion", "mistakes", "calibration", "weights", "feature_maps", "examples", "digit",
-    "values",
+    "history", "batch_costs", "step_metrics", "confusion", "mistakes", "calibration", "weights", "feature_maps",
+    "examples", "digit", "values",
 ]  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def test_a_run_has_every_applicable_picture(copy, capsys):
     assert embedded == [(folder / f"plots/{name}.png").read_bytes() for name in PICTURES]
     assert text.count("<img") == text.count('alt="') == len(PICTURES)
     result = json.loads((folder / "result.json").read_text())
-    assert f"test accuracy        {result['test_accuracy']:.4f} of 360 images" in text
+    assert f"test accuracy            {result['test_accuracy']:.4f} of 360 images" in text
     assert "optimizer.learning_rate = 0.1" in text
     # It refers to no other file, neither on disk nor on the network.
     assert not re.search(r"https?://|<script|url\(|@import", text)
@@ -68,7 +69,7 @@ def test_batches_have_curves_only_if_an_epoch_has_at_least_two(few):
     for log_every in (2, 3):
         run = fm.fit(small(log_every=log_every), few)
         names[log_every] = [picture.name for picture in reports.training_pictures(run)]
-    assert names == {2: ["history", "batch_costs"], 3: ["history"]}
+    assert names == {2: ["history", "batch_costs", "step_metrics"], 3: ["history", "step_metrics"]}
 
 
 def test_an_unfinished_run_is_evaluated_on_validation_images(digits, tmp_path):
@@ -98,7 +99,7 @@ def test_several_runs_are_compared(copy):
 def test_a_sweep(few, tmp_path):
     config = small(steps=3)
     settings = [{"optimizer.learning_rate": rate} for rate in (0.1, 1.0)]
-    run_sweep([(config, few)], range(2), settings, workdir=tmp_path, devices=2)
+    run_sweep([Experiment(config, few)], range(2), settings, workdir=tmp_path, devices=2)
     page, pictures = reports.write([tmp_path])
     assert [path.stem for path in pictures] == ["curves", "distribution", "optimizer.learning_rate"]
     assert "small optimizer.learning_rate=0.1" in page.read_text()

@@ -18,6 +18,7 @@ import flaxmnist as fm
 from flaxmnist.config import MLPConfig
 from flaxmnist.errors import UserError
 from flaxmnist.store import rescue, run_folder
+from flaxmnist.sweeps.plan import Experiment
 from flaxmnist.sweeps.runner import run_sweep
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -159,7 +160,7 @@ def test_sweep_on_a_full_disk(few, tmp_path, caplog):
     settings = [{"train.batch_size": 8}, {"train.batch_size": 16}]
 
     def sweep(**options):
-        return run_sweep([(config, few)], [0, 1], settings, workdir=disk / "sweep", devices=1, **options)
+        return run_sweep([Experiment(config, few)], [0, 1], settings, workdir=disk / "sweep", devices=1, **options)
 
     with mounted(disk, "-o", "size=700k"):
         with pytest.raises(UserError, match="No space left on device") as error:

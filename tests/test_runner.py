@@ -18,7 +18,7 @@ from flaxmnist.devices import parallel
 from flaxmnist.errors import UserError
 from flaxmnist.show import plots
 from flaxmnist.sweeps import runner
-from flaxmnist.sweeps.plan import group_trials, plan_trials
+from flaxmnist.sweeps.plan import Experiment, group_trials, plan_trials
 from flaxmnist.sweeps.trials import Trials
 
 RATES = {"optimizer.learning_rate": [1e-5, 0.1]}
@@ -61,9 +61,11 @@ def test_members_and_groups_are_rows_for_pandas(sweep):
 
 @pytest.mark.slow
 def test_several_experiments_in_figures_with_labelled_axes(few):
-    experiments = [(small("mlp", evaluate_every=5), few), (replace(small(evaluate_every=5), name="other"), few)]
+    configs = small("mlp", evaluate_every=5), replace(small(evaluate_every=5), name="other")
     settings = [{"optimizer.learning_rate": rate} for rate in (0.01, 0.1)]
-    sweep = runner.run_sweep(experiments, [0, 1, 2], settings, share_order=True, devices=1)
+    sweep = runner.run_sweep(
+        [Experiment(config, few) for config in configs], [0, 1, 2], settings, share_order=True, devices=1
+    )
     assert [group.title for group in sweep.groups] == [
         f"{name} optimizer.learning_rate={rate}" for name in ("small", "other") for rate in (0.01, 0.1)
     ]
@@ -74,12 +76,12 @@ def test_several_experiments_in_figures_with_labelled_axes(few):
 
 def test_experiments_need_different_names(few):
     with pytest.raises(UserError, match="need different names, but these are small, small"):
-        runner.run_sweep([(small(), few), (small("mlp"), few)], [0], [{}], devices=1)
+        runner.run_sweep([Experiment(small(), few), Experiment(small("mlp"), few)], [0], [{}], devices=1)
 
 
 def test_memory_limits_the_trials_per_program(few, monkeypatch):
     config, mesh = small(steps=4), parallel.make_mesh(1)
-    trials = plan_trials([(config, few)], range(8), [{}], share_order=True)
+    trials = plan_trials([Experiment(config, few)], range(8), [{}], share_order=True)
     (group,) = group_trials(trials, share_order=True, exact=False)
     eight = runner.compile_group(group, mesh)
     assert eight.size == 8

@@ -11,7 +11,7 @@ from conftest import MODELS, assert_same, fit_on_one, read_lines, slow, small
 
 import flaxmnist as fm
 from flaxmnist import console
-from flaxmnist.config import SGD, Adam, Data
+from flaxmnist.config import SGD, Adam, Cosine, Data, Exponential, Muon
 from flaxmnist.data import order
 from flaxmnist.errors import UserError
 from flaxmnist.store.load import evaluate_run
@@ -71,6 +71,12 @@ def test_each_evaluation_is_passed_on(few):
     recorded = [(r["loss"], r["accuracy"]) for r in run.history if r["split"] in ("validation", "test")]
     assert [(scores.loss, scores.accuracy) for *_, scores in calls] == recorded
     assert [scores.count for *_, scores in calls] == [30, 30, 30, 45]
+
+
+def test_each_checkpoint_is_passed_on(few):
+    steps = []
+    fit_on_one(small(checkpoint_every=8), few, on_checkpoint=lambda state: steps.append(int(state.step)))
+    assert steps == [8, 16, 20]
 
 
 def test_without_validation_images_only_the_test_images_are_evaluated(few):
@@ -183,3 +189,20 @@ def test_seconds_by_activity(few):
     seconds = fit_on_one(small(), few, clock=clock).result.seconds
     assert set(seconds) == {"import", "data", "compile", "train", "evaluate", "checkpoint", "total"}
     assert sum(seconds.values()) - seconds["total"] <= seconds["total"]
+
+
+RATES = {
+    "flat": (SGD(learning_rate=0.5), [0.5] * 4),
+    "accumulated": (
+        SGD(learning_rate=0.5, schedule=Exponential(decay=0.5, every=1), accumulate=2),
+        [0.5, 0.5, 0.25, 0.25],
+    ),
+    "warm-up": (Muon(learning_rate=0.5, schedule=Cosine(warmup_steps=2)), [0, 0.25, 0.5, 0.25]),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_the_learning_rate_of_each_step_is_recorded(name, few):
+    optimizer, rates = RATES[name]
+    history = fit_on_one(small(optimizer=optimizer, steps=4), few).history
+    assert [r["learning_rate"] for r in history if r["split"] == "train"] == pytest.approx(rates)

@@ -1,9 +1,7 @@
 """Statistics against worked examples."""
 
-import numpy as np
 import pytest
 
-from flaxmnist.devices import evaluation
 from flaxmnist.sweeps import statistics
 
 
@@ -32,10 +30,3 @@ def test_comparison_pairs_seeds():
     assert comparison["p_value"] == pytest.approx(0.0742, abs=1e-4)
     for equal in ({0: 1.0, 1: 1.0}, {0: 0.3, 1: 0.4}):
         assert statistics.compare({0: 0.1, 1: 0.2}, equal | {0: equal[1] - 0.1})["p_value"] is None
-
-
-def test_calibration_error_by_hand():
-    """Two predictions at 0.9, one of them correct, and two at 0.6, both correct: each pair is off by 0.4."""
-    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
-    assert evaluation.reliability(probabilities, np.array([0, 1, 1, 1], np.int32)).error() == pytest.approx(0.4)
-    assert evaluation.reliability(np.eye(3), np.arange(3, dtype=np.int32)).error() == 0

@@ -14,6 +14,7 @@ from flaxmnist.errors import Stopped, UserError
 from flaxmnist.store.files import read_arrays
 from flaxmnist.sweeps import folder as sweep_folder
 from flaxmnist.sweeps.folder import load_trials
+from flaxmnist.sweeps.plan import Experiment
 from flaxmnist.sweeps.runner import run_sweep
 
 
@@ -48,7 +49,7 @@ def test_stopped_sweep_resumes_to_the_same_results(exact, few, tmp_path):
 
     def run(data, folder, **options):
         options |= {"exact": exact, "share_order": True, "devices": 1, "workdir": tmp_path / folder}
-        return run_sweep([(config, data)], [0, 1], settings, **options)
+        return run_sweep([Experiment(config, data)], [0, 1], settings, **options)
 
     full = run(few, "full")
     stop, (data, validation, test) = threading.Event(), watched(few)
@@ -78,7 +79,7 @@ def test_unfinished_trials_resume_from_their_last_step(exact, few, tmp_path, cap
 
     def run(data, folder, **options):
         options |= {"exact": exact, "share_order": True, "devices": 1, "workdir": tmp_path / folder}
-        return run_sweep([(config, data)], [0, 1, 2], [{}], **options)
+        return run_sweep([Experiment(config, data)], [0, 1, 2], [{}], **options)
 
     full = run(few, "full")
     stop, (data, validation, _) = threading.Event(), watched(few)
@@ -116,7 +117,7 @@ def test_finished_trials_are_saved_if_the_sweep_fails(few, tmp_path):
     data, _, test = watched(few)
     test.hook = fail_at(2)
     with pytest.raises(RuntimeError, match="evaluation 2"):
-        run_sweep([(small(steps=2), data)], [0, 1], [{}], devices=1, workdir=tmp_path)
+        run_sweep([Experiment(small(steps=2), data)], [0, 1], [{}], devices=1, workdir=tmp_path)
     assert [trial.seed for trial, _ in load_trials(tmp_path)] == [0]
     assert not (tmp_path / "lock").exists()
 
@@ -127,16 +128,18 @@ def test_unfinished_trials_are_saved_at_intervals(few, tmp_path, monkeypatch):
     config, (data, validation, _) = small(steps=9, evaluate_every=3), watched(few)
     validation.hook = fail_at(2)
     with pytest.raises(RuntimeError, match="evaluation 2"):
-        run_sweep([(config, data)], [0], [{}], devices=1, workdir=tmp_path)
+        run_sweep([Experiment(config, data)], [0], [{}], devices=1, workdir=tmp_path)
     data, validation, _ = watched(few)
-    resumed = run_sweep([(config, data)], [0], [{}], devices=1, workdir=tmp_path, resume=True)
+    resumed = run_sweep([Experiment(config, data)], [0], [{}], devices=1, workdir=tmp_path, resume=True)
     assert validation.evaluations == 2
     assert resumed.curves["step"][resumed.curves["validation"]].tolist() == [3, 6, 9]
 
 
 def test_other_folders_are_not_changed(few, tmp_path):
+    experiment = Experiment(small(steps=2), few)
+
     def run(seed, folder, **options):
-        return run_sweep([(small(steps=2), few)], [seed], [{}], devices=1, workdir=tmp_path / folder, **options)
+        return run_sweep([experiment], [seed], [{}], devices=1, workdir=tmp_path / folder, **options)
 
     run(0, "a")
     with pytest.raises(UserError, match="is not empty: pass --resume"):
@@ -154,7 +157,7 @@ def test_other_folders_are_not_changed(few, tmp_path):
 @pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: b"", lambda content: b"no part"])
 def test_trials_of_a_damaged_part_are_trained_again(damage, few, tmp_path, caplog):
     def sweep(**options):
-        return run_sweep([(small(steps=2), few)], [0], [{}], devices=1, workdir=tmp_path, **options)
+        return run_sweep([Experiment(small(steps=2), few)], [0], [{}], devices=1, workdir=tmp_path, **options)
 
     full = sweep()
     (part,) = (tmp_path / "parts").iterdir()

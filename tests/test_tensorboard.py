@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import flaxmnist as fm
 from flaxmnist.core import models
+from flaxmnist.core.metrics import METRICS
 from flaxmnist.devices import program
 from flaxmnist.errors import Stopped, UserError
 from flaxmnist.store import run_folder, tensorboard
@@ -76,7 +77,8 @@ def test_every_scalar_and_image_is_found(finished):
     assert scalars(finished) == recorded(finished)
     assert {tag for tag, _, _ in scalars(finished)} == {
         *(f"{split}/{name}" for split in ("train", "epoch", "validation", "test") for name in ("loss", "accuracy")),
-        "train/gradient_norm",
+        *(f"{split}/{name}" for split in ("validation", "test") for name in METRICS),
+        *("train/gradient_norm", "train/learning_rate"),
     }
     found = images(finished)
     assert {tag: list(steps) for tag, steps in found.items()} == {

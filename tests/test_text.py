@@ -13,8 +13,9 @@ from sklearn.metrics import precision_recall_fscore_support
 import flaxmnist as fm
 from flaxmnist.config import Constant, MLPConfig
 from flaxmnist.devices import evaluation
+from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.show import text
-from flaxmnist.sweeps.ensembles import Ensemble, Scores
+from flaxmnist.sweeps.ensembles import Ensemble
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,9 @@ def test_scores_of_each_class_are_those_of_scikit_learn(scores):
 
 def test_the_class_report_ends_with_the_confusion_matrix(scores):
     lines = text.class_report(scores).splitlines()
-    assert lines[0] == f"accuracy {scores.accuracy:.4f}, loss {scores.loss:.4f}, 40 images"
+    top2, error = (scores.scores[name] for name in ("top2_accuracy", "calibration_error"))
+    first, last = f"accuracy {scores.accuracy:.4f}, loss {scores.loss:.4f}", f"calibration error {error:.4f}, 40 images"
+    assert lines[0] == f"{first}, top-2 accuracy {top2:.4f}, {last}"
     assert cells(lines[-5]) == ["true \\ predicted", "0", "1", "2", "3"]
     assert [cells(line) for line in lines[-4:]] == [
         [str(label), *map(str, row)] for label, row in enumerate(scores.confusion)
@@ -201,8 +204,11 @@ def test_a_single_seed_has_no_spread(few):
 
 
 def test_the_ensemble_is_compared_with_its_members():
-    members = [Scores(0.8, 0.05), Scores(0.9, 0.15)]
-    lines = text.ensemble_report(Ensemble("small", 45, members, Scores(0.95, 0.025))).splitlines()
+    def scores(accuracy, error):
+        return Evaluation({"accuracy": accuracy, "calibration_error": error}, 45, np.zeros((10, 10), int))
+
+    members = [scores(0.8, 0.05), scores(0.9, 0.15)]
+    lines = text.ensemble_report(Ensemble("small", members, scores(0.95, 0.025))).splitlines()
     assert [cells(line) for line in lines] == [
         ["small", "accuracy", "calibration error"],
         ["members, mean", "0.8500", "0.1000"],
@@ -212,5 +218,5 @@ def test_the_ensemble_is_compared_with_its_members():
         ["ensemble of 2", "0.9500", "0.0250"],
         ["45 images"],
     ]
-    alone = text.ensemble_report(Ensemble("small", 45, members[:1], members[0])).splitlines()
+    alone = text.ensemble_report(Ensemble("small", members[:1], members[0])).splitlines()
     assert cells(alone[2]) == ["members, std"]

@@ -16,7 +16,7 @@ from flaxmnist.console import Progress
 from flaxmnist.data import order
 from flaxmnist.devices import parallel, program
 from flaxmnist.speed import scaling
-from flaxmnist.sweeps.plan import Group, group_trials, plan_trials
+from flaxmnist.sweeps.plan import Experiment, Group, group_trials, plan_trials
 from flaxmnist.sweeps.results import SweepResult
 from flaxmnist.sweeps.runner import compile_group
 from flaxmnist.sweeps.trials import Trials
@@ -51,6 +51,7 @@ def test_sequential_trials_are_bitwise_identical_to_single_runs(model, few):
         common = vars(trial).keys() & vars(run.result).keys()
         assert common == {
             *("experiment", "seed", "test_accuracy", "validation_accuracy", "test_loss", "params_sha256"),
+            *("test", "validation"),
         }
         assert {name: getattr(trial, name) for name in common} == {name: getattr(run.result, name) for name in common}
         np.testing.assert_array_equal(training_loss(sweep, index), np.float32(loss_of(run)))
@@ -93,7 +94,7 @@ def test_vectorised_trials_equal_single_runs_up_to_rounding(name, few):
     Each trial has its own batches, as on GPU.
     """
     config, field, values = VARIED[name]
-    trials = plan_trials([(config, few)], [0, 1], [{field: value} for value in values], share_order=False)
+    trials = plan_trials([Experiment(config, few)], [0, 1], [{field: value} for value in values], share_order=False)
     (group,) = group_trials(trials, share_order=True, exact=False)
     assert group == Group(trials, (field,), sequential=False, share_order=True)
     compiled = compile_group(replace(group, share_order=False), parallel.make_mesh(1))

@@ -18,6 +18,7 @@ from flaxmnist.data.sets import Split
 from flaxmnist.errors import UserError
 from flaxmnist.store import exports
 from flaxmnist.store.load import evaluate_run, load_checkpoint
+from flaxmnist.sweeps.plan import Experiment
 from flaxmnist.sweeps.runner import run_sweep
 
 RESNET = fm.load_experiment(ROOT / "experiments/resnet.py").model
@@ -268,8 +269,9 @@ class Hinge:
 def test_optimizer_schedule_and_loss_may_be_your_own(few, tmp_path):
     config = replace(small(optimizer=SignDescent(), steps=20), objective=Hinge())
     run = fit_on_one(config, few, tmp_path)
-    losses = [record["loss"] for record in run.history if record["split"] == "train"]
-    assert losses[0] == pytest.approx(1.0) and losses[-1] < 0.7
+    first, *_, last = [record for record in run.history if record["split"] == "train"]
+    assert first["objective"] == pytest.approx(1.0) and last["objective"] < 0.7
+    assert first["loss"] == pytest.approx(np.log(10))  # the cross-entropy, as in evaluations
     assert fm.load_run(tmp_path, config=config).config == config
     sweep = fm.sweep(config, few, seeds=1, over={"optimizer.rate": [0.01, 0.02]}, share_order=True, devices=1)
     assert sweep.members[0].test_loss == pytest.approx(run.result.test_loss, rel=1e-4)
@@ -365,5 +367,5 @@ def test_mistakes_are_errors_before_anything_is_written(mistake, message, few, t
     with pytest.raises(UserError, match=message):
         fit_on_one(small(Wrong(mistake)), few, tmp_path / "run")
     with pytest.raises(UserError, match=message):
-        run_sweep([(small(Wrong(mistake)), few)], [0], [{}], devices=1, workdir=tmp_path / "run")
+        run_sweep([Experiment(small(Wrong(mistake)), few)], [0], [{}], devices=1, workdir=tmp_path / "run")
     assert not (tmp_path / "run").exists()

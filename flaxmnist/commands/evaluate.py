@@ -19,7 +19,7 @@ from flaxmnist.sweeps import ensembles
 @dataclass(frozen=True)
 class Arguments:
     workdir: tyro.conf.Positional[Path]  # folder of a run or sweep, or an exported file
-    step: str = "latest"  # checkpoint: latest, best (by validation accuracy), or a step
+    step: str = "latest"  # checkpoint: latest, best (by train.monitor), or a step
     split: Literal["test", "validation", "train"] = "test"  # images to evaluate on
     ensemble: int | Literal["all"] | None = None  # for a sweep: trials of its best setting to ensemble; no value: all
     data_dir: Path | None = None  # folder of the data sets; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets

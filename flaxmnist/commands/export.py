@@ -14,7 +14,7 @@ from flaxmnist.store.load import load_checkpoint
 @dataclass(frozen=True)
 class Arguments:
     workdir: tyro.conf.Positional[Path]  # run folder
-    step: str = "latest"  # checkpoint: latest, best (by validation accuracy), or a step
+    step: str = "latest"  # checkpoint: latest, best (by train.monitor), or a step
     out: Path | None = None  # output folder, replaces an earlier export; default: WORKDIR/export
     experiment: Path | None = None  # experiment file, if its model is not built in
 

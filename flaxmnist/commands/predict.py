@@ -19,7 +19,7 @@ class Arguments:
     images: tyro.conf.Positional[tuple[Path, ...]]  # image files, or folders of image files
     plot: Path | None = None  # draw the model's inputs and predictions to this PNG file
     json: bool = False  # print one JSON object per line: file, class, probabilities
-    step: str = "latest"  # checkpoint: latest, best (by validation accuracy), or a step
+    step: str = "latest"  # checkpoint: latest, best (by train.monitor), or a step
     experiment: Path | None = None  # experiment file, if its model is not built in
 
 

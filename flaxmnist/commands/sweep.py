@@ -10,9 +10,10 @@ from flaxmnist.commands import command
 from flaxmnist.data.sets import load_data
 from flaxmnist.devices import program, signals
 from flaxmnist.errors import UserError, exit_code
-from flaxmnist.experiment import load_experiment
+from flaxmnist.experiment import read_experiment
 from flaxmnist.show import reports, text
 from flaxmnist.sweeps import settings
+from flaxmnist.sweeps.plan import Experiment
 from flaxmnist.sweeps.runner import run_sweep
 
 
@@ -41,8 +42,10 @@ def sweep(arguments: Arguments) -> None:
         raise UserError(f"--grace must be in (0, 86400] seconds, but is {arguments.grace}")
     if arguments.seeds < 1:
         raise UserError(f"--seeds must be at least 1, but is {arguments.seeds}")
-    configs = [load_experiment(path) for path in arguments.experiments]
-    experiments = [(config, load_data(config.data, arguments.data_dir)) for config in configs]
+    experiments = [
+        Experiment(config, load_data(config.data, arguments.data_dir), **functions)
+        for config, functions in map(read_experiment, arguments.experiments)
+    ]
     program.use_compilation_cache()
     with signals.stop_on_signals(arguments.grace) as stop:
         result = run_sweep(

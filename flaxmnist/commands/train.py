@@ -15,7 +15,7 @@ from flaxmnist.data.sets import load_data
 from flaxmnist.devices import processes, program, signals
 from flaxmnist.devices.processes import HEARTBEAT_TIMEOUT
 from flaxmnist.errors import BelowTarget, UserError, exit_code
-from flaxmnist.experiment import find_experiment, load_experiment
+from flaxmnist.experiment import find_experiment, read_experiment
 from flaxmnist.fields import bounds
 from flaxmnist.runs import fit
 from flaxmnist.show import text
@@ -25,6 +25,7 @@ from flaxmnist.store.claim import new_folder
 @dataclass(frozen=True)
 class Arguments:
     experiment: tyro.conf.Suppress[Path]  # experiment file, loaded before the options are parsed
+    functions: tyro.conf.Suppress[dict[str, Any]]  # its step and arrays, if it defines them
     config: Annotated[Config, tyro.conf.arg(name="")]
     workdir: Path | None = None  # run folder; default: a new runs/NAME-YYYYMMDD-HHMMSS
     data_dir: Path | None = None  # folder of the data sets; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
@@ -54,12 +55,12 @@ def parse_arguments(argv: list[str]) -> Arguments:
             print(f"All options and fields: {command('train')} quickstart --help")
             raise SystemExit(0)
         raise UserError(f"no experiment file: pass it first, as in {command('train')} quickstart")
-    config = load_experiment(argv[0])
+    config, functions = read_experiment(argv[0])
     # --train.steps replaces the experiment's train.epochs, and vice versa.
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
         if any(argument.split("=")[0] == f"--train.{given}" for argument in argv):
             config = replace(config, train=replace(config.train, **{given: 1, other: None}))
-    default = Arguments(find_experiment(argv[0]), config)
+    default = Arguments(find_experiment(argv[0]), functions, config)
     options = {"config": (tyro.conf.AvoidSubcommands,), "prog": f"{command('train')} {argv[0]}"}
     with help_with_bounds():
         return tyro.cli(Arguments, default=default, args=argv[1:], description=__doc__, **options)
@@ -138,6 +139,7 @@ def train_process(arguments: Arguments, clock: console.Clock) -> None:
             experiment=arguments.experiment,
             stop=stop,
             clock=clock,
+            **arguments.functions,
         )
     if processes.is_first_process():
         print(text.run_summary(run, workdir, arguments.data_dir, arguments.experiment, command))

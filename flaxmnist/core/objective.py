@@ -1,10 +1,10 @@
-"""The loss, and which predictions are correct."""
+"""The objective that training minimises, and which predictions are correct."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flaxmnist import config
+from flaxmnist import config, fields
 
 
 def cross_entropy(
@@ -33,6 +33,11 @@ def focal(
     losses = cross_entropy(config.Objective(), logits, labels)
     # 1 − p without cancellation; at least the smallest float, because the gradient of 0^gamma may be infinite.
     return losses * jnp.maximum(-jnp.expm1(-losses), jnp.finfo(logits.dtype).tiny) ** gamma
+
+
+def is_cross_entropy(objective: config.Loss) -> bool:
+    """Return True if ``objective`` is the cross-entropy that evaluations report. A traced smoothing counts as some."""
+    return isinstance(objective, config.Objective) and fields.is_zero(objective.label_smoothing)
 
 
 def correct(logits: Float[Array, "b classes"], labels: Int[Array, " b"]) -> Bool[Array, " b"]:

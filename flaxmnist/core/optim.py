@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 from jax.typing import ArrayLike
+from jaxtyping import Array, Int
 from optax.contrib import MuonDimensionNumbers
 
 from flaxmnist import config, fields
@@ -41,6 +42,12 @@ def make_schedule(schedule: config.BuiltInSchedule, rate: ArrayLike, updates: in
             up, down = optax.linear_schedule(0, rate, rise), optax.linear_schedule(rate, end * rate, updates - fall)
             return optax.join_schedules([up, optax.constant_schedule(rate), down], [rise, max(rise, fall)])
     raise TypeError(f"{schedule} has no schedule")
+
+
+def schedule_counts(opt_state: optax.OptState) -> list[Int[Array, ""]]:
+    """Return the number of updates done, as each schedule in the state of an optimizer counts them."""
+    counts = optax.tree.get_all_with_path(opt_state, "count")
+    return [count for path, count in counts if getattr(path[-1], "tuple_name", None) == "ScaleByScheduleState"]
 
 
 def is_matrix(params: Any) -> Any:

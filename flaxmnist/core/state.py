@@ -15,17 +15,27 @@ from flaxmnist.core.definition import Definition
 class Batch(NamedTuple):
     """The images of a step; those of weight 0 are the padding of a short batch and do not count."""
 
-    images: UInt8[Array, "b h w c"]
+    images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"]  # floats in [0, 1] once augmented
     labels: Int32[Array, " b"]
     weights: Float[Array, " b"]  # 1 or 0
+    indices: Int32[Array, " b"]  # of the images in the training set; −1: padding
 
 
 class Totals(NamedTuple):
     """Sums over images, as floats, which are exact for integers up to 2²⁴."""
 
-    loss: Float[Array, "..."]
+    loss: Float[Array, "..."]  # cross-entropy, whatever training minimises
     correct: Float[Array, "..."]
     images: Float[Array, "..."]
+
+
+class Gradient(NamedTuple):
+    """What one batch says about the weights; the same on every device."""
+
+    params: Any  # gradient of the batch's mean objective, as nested dicts
+    totals: Totals  # of the batch
+    buffers: Any  # new state of the model, as nested dicts
+    extra: dict[str, Float[Array, ""]]  # further metrics of the batch, by name
 
 
 class Metrics(NamedTuple):
@@ -33,7 +43,10 @@ class Metrics(NamedTuple):
 
     batch: Totals
     epoch: Totals
-    gradient_norm: Float[Array, "..."]  # of the batch's mean loss, before clipping
+    gradient_norm: Float[Array, "..."]  # of the batch's mean objective, before clipping
+    extra: dict[
+        str, Float[Array, "..."]
+    ]  # recorded by name, such as the learning rate; sums over devices are the step's
 
     def nonfinite(self, start: int, count: int) -> dict[int, str]:
         """Return a message per non-finite step among the first ``count`` entries, the steps from ``start`` on."""

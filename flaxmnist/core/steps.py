@@ -3,10 +3,10 @@
 Nothing here compiles, shards, donates or prints. ``config`` is static, everything else is arrays.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,20 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt8
 
-from flaxmnist.config import MODELS, Config
-from flaxmnist.core import layers, models, objective
+from flaxmnist.config import MODELS, BaseOptimizer, Config, Flat, Objective
+from flaxmnist.core import layers, models, objective, optim
 from flaxmnist.core.augment import augment
 from flaxmnist.core.definition import split
-from flaxmnist.core.state import Batch, Metrics, Totals, TrainState
+from flaxmnist.core.state import Batch, Gradient, Metrics, Totals, TrainState
 from flaxmnist.data.order import steps_per_epoch
 from flaxmnist.data.sets import Split
 from flaxmnist.errors import UserError
 
 # Every random number of a run is a function of (seed, stream, step), so that no key has to be carried or saved.
 STREAMS = ("init", "dropout", "augment")
+
+# The objective of each image, [b], from its logits [b, classes] and the augmented batch.
+Losses = Callable[[Float[Array, "b classes"], Batch], Float[Array, " b"]]
 
 # Layers that must know which devices share a batch. Not all that have an ``axis_name``: LayerNorm's is another one.
 SHARED = (nnx.BatchNorm, layers.Dropout)
@@ -56,9 +59,14 @@ def create_state(config: Config, shape: Sequence[int], classes: int) -> TrainSta
     )
 
 
+def number_of_updates(config: Config) -> int:
+    """Return how many updates a run of the length in ``config`` makes."""
+    return config.train.length // getattr(config.optimizer, "accumulate", 1)
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Return the optimizer for a run of the length in ``config``."""
-    return config.optimizer.make(config.train.length // getattr(config.optimizer, "accumulate", 1))
+    return config.optimizer.make(number_of_updates(config))
 
 
 def sum_over_devices(tree: Any, axis_name: str | None) -> Any:
@@ -134,28 +142,66 @@ def check_model(config: Config, train: Split, classes: int, num_shards: int) -> 
         )
 
 
-def gradient(
-    config: Config, state: TrainState, params: Any, batch: Batch, *, axis_name: str | None = None
-) -> tuple[Any, Totals, Any]:
-    """Return the gradient of the batch's mean loss at ``params``, the batch's totals, and the new buffers.
+def check_step(config: Config, train: Split, classes: int, step: "Step", arrays: Any) -> None:
+    """Raise UserError if a ``step`` of the user's does not return a state like its argument, and scalar metrics."""
+    if step is train_step:
+        return
+    state = jax.eval_shape(partial(create_state, config, train.images.shape[1:], classes))
+    batch = jax.eval_shape(take_batch, *train, jax.ShapeDtypeStruct((config.train.batch_size,), jnp.int32))
+    output = jax.eval_shape(partial(step, config), state, batch, arrays)
+    if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Metrics)):
+        raise UserError("the step must return a pair of TrainState and Metrics, as flaxmnist.update does")
+    for path, message in differences(state, output[0]):
+        raise UserError(f"the step must return a state like its argument, but state{path} {message}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(output[1]):
+        if leaf.shape:
+            name = jax.tree_util.keystr(path)
+            raise UserError(f"the step must return scalar metrics, but metrics{name} has shape {list(leaf.shape)}")
 
-    All are those of the full batch, on every device. For ``axis_name`` see ``train_step``.
+
+def differences(expected: Any, found: Any) -> Iterator[tuple[str, str]]:
+    """Yield the path and a description of each array whose shape or dtype differs between two pytrees."""
+    old, new = (
+        {jax.tree_util.keystr(path): f"{leaf.dtype} {list(leaf.shape)}" for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (expected, found))
+    )
+    for path in sorted(old.keys() | new.keys()):
+        if old.get(path) != new.get(path):
+            yield path, f"is {old.get(path, 'absent')} before and {new.get(path, 'absent')} after"
+
+
+def gradient(
+    config: Config,
+    state: TrainState,
+    params: Any,
+    batch: Batch,
+    *,
+    losses: Losses | None = None,
+    axis_name: str | None = None,
+) -> Gradient:
+    """Return the gradient of the batch's mean objective at ``params``, with the augmentation and dropout of the step.
+
+    ``losses(logits, batch)`` returns the objective of each image from its logits and the augmented batch (None: that of
+    the config). For ``axis_name`` see ``train_step``.
     """
     images = sum_over_devices(jnp.sum(batch.weights), axis_name)
-    augmented = augmented_images(config, batch.images, state.step, axis_name=axis_name)
+    batch = batch._replace(images=augmented_images(config, batch.images, state.step, axis_name=axis_name))
+    plain = losses is None and objective.is_cross_entropy(config.objective)
 
     def loss(params):
-        logits, buffers = forward(config, state, params, augmented, batch.weights, axis_name=axis_name)
+        logits, buffers = forward(config, state, params, batch.images, batch.weights, axis_name=axis_name)
         # Padding must not affect the sums and the gradient, even if its loss is not finite.
         logits = jnp.where(batch.weights[:, None] > 0, logits, 0)
-        losses = config.objective.losses(logits, batch.labels)
-        total, correct = jnp.sum(losses * batch.weights), objective.correct(logits, batch.labels)
-        totals = Totals(total, jnp.sum(correct * batch.weights), jnp.sum(batch.weights))
-        return total / images, (totals, buffers)
+        values = losses(logits, batch) if losses else config.objective.losses(logits, batch.labels)
+        reported = values if plain else objective.cross_entropy(Objective(), logits, batch.labels)
+        total, correct = jnp.sum(values * batch.weights), objective.correct(logits, batch.labels)
+        counted = (jnp.sum(reported * batch.weights), jnp.sum(correct * batch.weights), jnp.sum(batch.weights))
+        extra = {} if plain else {"objective": total / images}
+        return total / images, (Totals(*counted), extra, buffers)
 
-    gradients, (totals, buffers) = jax.grad(loss, has_aux=True)(params)
-    gradients, totals = sum_over_devices((gradients, totals), axis_name)
-    return gradients, totals, mean_over_devices(buffers, axis_name)
+    gradients, (totals, extra, buffers) = jax.grad(loss, has_aux=True)(params)
+    gradients, totals, extra = sum_over_devices((gradients, totals, extra), axis_name)
+    return Gradient(gradients, totals, mean_over_devices(buffers, axis_name), extra)
 
 
 def mean_over_devices(buffers: Any, axis_name: str | None) -> Any:
@@ -166,18 +212,17 @@ def mean_over_devices(buffers: Any, axis_name: str | None) -> Any:
     return jax.tree.map(lambda x: jax.lax.pmean(x, axis_name) if floating(x.dtype) else x, buffers)
 
 
-def update(
-    config: Config, state: TrainState, gradients: Any, totals: Totals, buffers: Any
-) -> tuple[TrainState, Metrics]:
-    """Update the state by the ``gradients`` of a batch with these ``totals``, and count the step.
+def update(config: Config, state: TrainState, gradient: Gradient) -> tuple[TrainState, Metrics]:
+    """Update the state by the ``gradient`` of a batch, and count the step.
 
     Return also the metrics before the update. A step that is not finite may be left out, see ``train.skip_nonfinite``.
     """
-    norm = optax.tree.norm(gradients)
+    norm, totals = optax.tree.norm(gradient.params), gradient.totals
+    extra = gradient.extra | learning_rate(config, state)
     unchanged = state = replace(state, step=state.step + 1)
-    updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
+    updates, opt_state = make_optimizer(config).update(gradient.params, state.opt_state, state.params)
     params, epoch = optax.apply_updates(state.params, updates), jax.tree.map(jnp.add, state.epoch, totals)
-    state = replace(state, params=params, buffers=buffers, opt_state=opt_state, epoch=epoch)
+    state = replace(state, params=params, buffers=gradient.buffers, opt_state=opt_state, epoch=epoch)
     if config.train.ema_decay is not None:
         # First the plain mean of all weights so far, until its 1/step falls below the moving average's 1 − decay.
         rate = jnp.maximum(1 - config.train.ema_decay, 1 / state.step)
@@ -185,24 +230,47 @@ def update(
     if config.train.skip_nonfinite:
         finite = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
         state = jax.tree.map(partial(jnp.where, finite), state, unchanged)
-    return state, Metrics(totals, state.epoch, norm)
+    return state, Metrics(totals, state.epoch, norm, extra)
+
+
+def learning_rate(config: Config, state: TrainState) -> dict[str, Float[Array, ""]]:
+    """Return the learning rate of the next update by name; nothing for an optimizer without a known schedule."""
+    optimizer = config.optimizer
+    if not isinstance(optimizer, BaseOptimizer):
+        return {}
+    if isinstance(optimizer.schedule, Flat):
+        return {"learning_rate": jnp.asarray(optimizer.learning_rate, jnp.float32)}
+    # Optax's own count of updates: fewer than steps, if gradients are accumulated or steps are skipped.
+    counts = optim.schedule_counts(state.opt_state)
+    schedule = optimizer.schedule.make(optimizer.learning_rate, number_of_updates(config))
+    return {"learning_rate": jnp.asarray(schedule(counts[0]), jnp.float32)} if counts else {}
+
+
+@runtime_checkable
+class Step(Protocol):
+    """A training step: ``train_step``, or one of your own with the same arguments."""
+
+    def __call__(
+        self, config: Config, state: TrainState, batch: Batch, arrays: Any, *, axis_name: str | None = None
+    ) -> tuple[TrainState, Metrics]: ...
 
 
 def train_step(
-    config: Config, state: TrainState, batch: Batch, *, axis_name: str | None = None
+    config: Config, state: TrainState, batch: Batch, arrays: Any = None, *, axis_name: str | None = None
 ) -> tuple[TrainState, Metrics]:
     """Update once by the mean gradient of the batch; return the new state and the metrics before the update.
 
     With several devices, each calls this on its shard of the batch (equal shards, in order) with the ``axis_name`` over
-    which to sum losses, counts and gradients. The mean is over the images of the full batch.
+    which to sum losses, counts and gradients. The mean is over the images of the full batch. ``arrays`` are for steps
+    of your own.
     """
-    return update(config, state, *gradient(config, state, state.params, batch, axis_name=axis_name))
+    return update(config, state, gradient(config, state, state.params, batch, axis_name=axis_name))
 
 
 def take_batch(images: UInt8[Array, "n h w c"], labels: Int32[Array, " n"], indices: Int32[Array, " b"]) -> Batch:
     """Return the batch of the images at ``indices``; index −1 is padding of weight 0."""
     rows = jnp.maximum(indices, 0)
-    return Batch(images[rows], labels[rows], (indices >= 0).astype(jnp.float32))
+    return Batch(images[rows], labels[rows], (indices >= 0).astype(jnp.float32), indices)
 
 
 def train_steps(
@@ -212,7 +280,9 @@ def train_steps(
     labels: Int32[Array, " n"],
     indices: Int32[Array, "capacity b"],
     count: Int32[Array, ""],
+    arrays: Any = None,
     *,
+    step: Step = train_step,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Do ``count`` steps in one program, on the batches given by the first rows of ``indices``.
@@ -227,8 +297,10 @@ def train_steps(
         state, metrics = carry
         starts_epoch = state.step % epoch_length == 0
         state = replace(state, epoch=jax.tree.map(lambda total: jnp.where(starts_epoch, 0, total), state.epoch))
-        state, new = train_step(config, state, take_batch(images, labels, indices[i]), axis_name=axis_name)
+        state, new = step(config, state, take_batch(images, labels, indices[i]), arrays, axis_name=axis_name)
         return state, jax.tree.map(lambda values, value: values.at[i].set(value), metrics, new)
 
-    empty = jax.tree.map(lambda _: jnp.zeros(indices.shape[0]), Metrics(state.epoch, state.epoch, state.step))
+    first = take_batch(images, labels, indices[0])
+    _, metrics = jax.eval_shape(partial(step, config, axis_name=axis_name), state, first, arrays)
+    empty = jax.tree.map(lambda _: jnp.zeros(indices.shape[0]), metrics)
     return jax.lax.fori_loop(0, count, body, (state, empty))

@@ -1,7 +1,7 @@
 """Predictions for any number of images, and exact scores."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from flaxmnist.core.definition import Definition, split
 from flaxmnist.core.layers import Images, normalise
+from flaxmnist.core.metrics import METRICS, log_softmax
 from flaxmnist.devices import parallel
 from flaxmnist.errors import UserError
 
@@ -21,10 +22,19 @@ FORWARD_BATCH = 250
 class Evaluation:
     """Scores of a model on ``count`` images."""
 
-    loss: float  # mean cross-entropy, in nats
-    accuracy: float  # fraction of correct predictions
+    scores: dict[str, float]  # of each of core.metrics.METRICS
     count: int  # images
     confusion: Int[np.ndarray, "classes classes"]  # images by true class (row) and prediction (column)
+
+    @property
+    def loss(self) -> float:
+        """The mean cross-entropy, in nats."""
+        return self.scores["loss"]
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction of correct predictions."""
+        return self.scores["accuracy"]
 
 
 @jax.jit
@@ -61,13 +71,6 @@ def predict_logits(model: nnx.Module, images: Images) -> Float[np.ndarray, "n cl
     return np.asarray(logits).reshape(indices.size, -1)[: len(images)]
 
 
-def log_softmax(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:
-    """Return the logarithm of each row's softmax, in double precision."""
-    with np.errstate(invalid="ignore"):  # infinite logits give NaN
-        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-
 def predict(model: nnx.Module, images: Images) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n classes"]]:
     """Return the most probable class of each image, and the probabilities of all classes, which sum to 1."""
     logits = predict_logits(model, images)
@@ -75,39 +78,13 @@ def predict(model: nnx.Module, images: Images) -> tuple[Int[np.ndarray, " n"], F
 
 
 def evaluate(model: nnx.Module, images: Images, labels: Int32[np.ndarray, " n"]) -> Evaluation:
-    """Return loss, accuracy and confusion matrix over exactly these images."""
+    """Return the metrics and the confusion matrix over exactly these images."""
     return score_logits(predict_logits(model, images), np.asarray(labels))
 
 
 def score_logits(logits: Float[np.ndarray, "n classes"], labels: Int32[np.ndarray, " n"]) -> Evaluation:
     """Return the scores of ``logits`` against ``labels``."""
-    predictions = logits.argmax(axis=1)
     confusion = np.zeros((logits.shape[1], logits.shape[1]), np.int64)
-    np.add.at(confusion, (labels, predictions), 1)
-    losses = -np.take_along_axis(log_softmax(logits), labels[:, None], axis=1)
-    accuracy = float((predictions == labels).mean())
-    return Evaluation(float(losses.mean()), accuracy, count=len(labels), confusion=confusion)
-
-
-class Reliability(NamedTuple):
-    """Predictions in equal bins of their confidence: their number, and the sums of confidences and of correct ones."""
-
-    counts: Int[np.ndarray, " bins"]
-    confidence: Float[np.ndarray, " bins"]
-    correct: Float[np.ndarray, " bins"]
-
-    def error(self) -> float:
-        """Return the mean of |accuracy − confidence| over the bins, weighted by their counts.
-
-        This is the expected calibration error of Guo et al. 2017, "On calibration of modern neural networks".
-        """
-        return float(np.abs(self.correct - self.confidence).sum() / self.counts.sum())
-
-
-def reliability(
-    probabilities: Float[np.ndarray, "n classes"], labels: Int32[np.ndarray, " n"], bins: int = 15
-) -> Reliability:
-    """Bin the predictions by their confidence, the probability of the predicted class."""
-    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    rows = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    return Reliability(*(np.bincount(rows, weights, minlength=bins) for weights in (None, confidence, correct)))
+    np.add.at(confusion, (labels, logits.argmax(axis=1)), 1)
+    scores = {name: metric.score(logits, labels) for name, metric in METRICS.items()}
+    return Evaluation(scores, len(labels), confusion)

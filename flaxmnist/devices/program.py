@@ -19,12 +19,16 @@ from flaxmnist import fields
 from flaxmnist.config import Config
 from flaxmnist.core import steps
 from flaxmnist.core.state import Metrics, TrainState
+from flaxmnist.core.steps import Step
 from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset, Split
 from flaxmnist.devices import parallel
 
 # jit compiles one program for all devices, pmap one per device.
 Backend = Literal["jit", "pmap"]
+
+# Makes the arrays of a step from the config and the data.
+MakeArrays = Callable[[Config, Dataset], Any]
 
 # Limits of a call: steps, so that its metrics stay small, and images, so that their indices take at most 256 MB.
 MAX_STEPS, MAX_IMAGES = 1000, 2**26
@@ -69,6 +73,11 @@ def _jit_create_state(config: Config, shape: tuple[int, ...], classes: int, mesh
     return jax.jit(create, out_shardings=parallel.state_shardings(jax.eval_shape(create), mesh))
 
 
+def step_arrays(make: MakeArrays | None, config: Config, data: Dataset) -> Any:
+    """Return the arrays of a step of the user's; None if it has none."""
+    return None if make is None else jax.tree.map(jnp.asarray, make(config, data))
+
+
 def put_split(split: Split, mesh: Mesh) -> Split:
     """Put images and labels on the devices, replicated."""
     return parallel.put(split, parallel.replicated(mesh))
@@ -77,8 +86,18 @@ def put_split(split: Split, mesh: Mesh) -> Split:
 class Program:
     """The training program of a run: compiled once, it does any number of steps up to ``capacity``."""
 
-    def __init__(self, config: Config, state: TrainState, train: Split, mesh: Mesh, backend: Backend = "jit"):
-        self.config, self.train = config, train
+    def __init__(
+        self,
+        config: Config,
+        state: TrainState,
+        train: Split,
+        mesh: Mesh,
+        backend: Backend = "jit",
+        step: Step = steps.train_step,
+        arrays: Any = None,
+    ):
+        """``arrays`` are those of ``step``."""
+        self.config, self.train, self.arrays = config, train, arrays
         # Equal shards, of which the last ones end in padding if the batch does not divide.
         num_shards = mesh.shape[parallel.BATCH]
         padded_size = -(-config.train.batch_size // num_shards) * num_shards
@@ -88,34 +107,34 @@ class Program:
         self.batch_shape = (padded_size,) if backend == "jit" else (num_shards, padded_size // num_shards)
         if backend == "jit":
             state_shardings = parallel.state_shardings(state, mesh)
-            function = partial(steps.train_steps, config)
+            function = partial(steps.train_steps, config, step=step)
             if num_shards > 1:
                 # Shard explicitly, as pmap does. By itself, XLA splits the groups that a convolution's gradient sums
                 # over, and exchanges images: quickstart has 138 steps/s on two CPU devices, and 235 in this form.
                 function = jax.shard_map(
                     partial(function, axis_name=parallel.BATCH),
                     mesh=mesh,
-                    in_specs=(P(), P(), P(), P(None, parallel.BATCH), P()),
+                    in_specs=(P(), P(), P(), P(None, parallel.BATCH), P(), P()),
                     out_specs=P(),
                     axis_names={parallel.BATCH},
                     check_vma=False,
                 )
             function = jax.jit(
                 function,
-                in_shardings=(state_shardings, self.replicated, self.replicated, self.batch_sharding, self.replicated),
+                in_shardings=(state_shardings, *2 * (self.replicated,), self.batch_sharding, *2 * (self.replicated,)),
                 out_shardings=(state_shardings, self.replicated),
                 donate_argnums=0,
             )
         else:
             function = jax.pmap(
-                partial(steps.train_steps, config, axis_name=parallel.BATCH),
+                partial(steps.train_steps, config, step=step, axis_name=parallel.BATCH),
                 axis_name=parallel.BATCH,
-                in_axes=(None, None, None, 1, None),
+                in_axes=(None, None, None, 1, None, None),
                 out_axes=None,
                 devices=list(mesh.devices.flat),
                 donate_argnums=0,
             )
-        self.compiled = function.lower(state, *train, *self.step_arguments(0, 0)).compile()
+        self.compiled = function.lower(state, *train, *self.step_arguments(0, 0), arrays).compile()
         self.bytes = memory_bytes(self.compiled)
 
     def step_arguments(self, start: int, count: int) -> tuple[Array, Array]:
@@ -129,7 +148,7 @@ class Program:
 
     def __call__(self, state: TrainState, start: int, count: int) -> tuple[TrainState, Metrics]:
         """Do ``count`` steps from ``state``, which is at step ``start`` and is donated."""
-        return self.compiled(state, *self.train, *self.step_arguments(start, count))
+        return self.compiled(state, *self.train, *self.step_arguments(start, count), self.arrays)
 
 
 class TrialProgram:
@@ -148,13 +167,17 @@ class TrialProgram:
         mesh: Mesh,
         trials_per_device: int,
         share_order: bool,
+        step: Step = steps.train_step,
+        make_arrays: MakeArrays | None = None,
     ):
+        self.make_arrays = make_arrays
         self.config, self.train, self.share_order = config, train, share_order
         self.size, vmapped = trials_per_device * mesh.size, trials_per_device > 1
         images_per_step = config.train.batch_size * (1 if share_order else self.size)
         max_steps = MAX_STEPS // 4 if vmapped else MAX_STEPS
         self.capacity = min(max_steps, config.train.length, max(1, MAX_IMAGES // images_per_step))
-        replicated, trial_sharding = parallel.replicated(mesh), parallel.sharded(mesh, parallel.BATCH)
+        replicated = parallel.replicated(mesh)
+        trial_sharding = self.trial_sharding = parallel.sharded(mesh, parallel.BATCH)
         self.index_sharding = replicated if share_order else trial_sharding
 
         def trial_config(seed, values):
@@ -166,8 +189,9 @@ class TrialProgram:
         def create(seed, values):
             return steps.create_state(trial_config(seed, values), data.train.images.shape[1:], data.classes)
 
-        def advance(seed, values, state, indices, images, labels, count):
-            return steps.train_steps(trial_config(seed, values), state, images, labels, indices, count)
+        def advance(seed, values, state, arrays, indices, images, labels, count):
+            traced = trial_config(seed, values)
+            return steps.train_steps(traced, state, images, labels, indices, count, arrays, step=step)
 
         def jit_trials(function, per_trial: tuple[bool, ...], donated: tuple[int, ...] = ()):
             axes = tuple(0 if has_axis else None for has_axis in per_trial)
@@ -184,8 +208,13 @@ class TrialProgram:
         self.create = jit_trials(create, (True, True))
         state = jax.eval_shape(self.create, seeds, values)
         indices = self.batch_indices([config] * self.size, 0, 0)
-        advance = jit_trials(advance, (True, True, True, not share_order, False, False, False), donated=(2,))
-        self.compiled = advance.lower(seeds, values, state, indices, *train, np.int32(0)).compile()
+        per_trial = (True, True, True, True, not share_order, False, False, False)
+        advance = jit_trials(advance, per_trial, donated=(2,))
+        arrays = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((self.size, *leaf.shape), leaf.dtype),
+            step_arrays(make_arrays, config, data),
+        )
+        self.compiled = advance.lower(seeds, values, state, arrays, indices, *train, np.int32(0)).compile()
         self.bytes = memory_bytes(self.compiled)
 
     def batch_indices(self, configs: list[Config], start: int, count: int) -> Array:
@@ -196,12 +225,24 @@ class TrialProgram:
             rows[:count] = order.batch_indices(config, len(self.train.labels), start, start + count)
         return parallel.put(indices[0] if self.share_order else indices, self.index_sharding)
 
+    def arrays(self, configs: list[Config], data: Dataset) -> Any:
+        """Return the arrays of the step, made for each trial, with a first axis for the trials."""
+        trees = [step_arrays(self.make_arrays, config, data) for config in configs]
+        return parallel.put(jax.tree.map(lambda *leaves: np.stack(leaves), *trees), self.trial_sharding)
+
     def __call__(
-        self, seeds: np.ndarray, values: np.ndarray, state: TrainState, configs: list[Config], start: int, count: int
+        self,
+        seeds: np.ndarray,
+        values: np.ndarray,
+        state: TrainState,
+        arrays: Any,
+        configs: list[Config],
+        start: int,
+        count: int,
     ) -> tuple[TrainState, Metrics]:
         """Do ``count`` steps from ``state``, which is at step ``start`` and is donated."""
         indices = self.batch_indices(configs, start, count)
-        return self.compiled(seeds, values, state, indices, *self.train, np.int32(count))
+        return self.compiled(seeds, values, state, arrays, indices, *self.train, np.int32(count))
 
 
 def memory_bytes(compiled: jax.stages.Compiled) -> int:

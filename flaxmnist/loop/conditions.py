@@ -1,10 +1,11 @@
 """When something is due and when a run ends, as pure functions of config, step and what was recorded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from flaxmnist.config import Train
+from flaxmnist.core.metrics import goodness
 
 
 def is_due(step: int, length: int, every: int | None) -> bool:
@@ -23,16 +24,19 @@ def is_logged(train: Train, step: int, epoch_length: int) -> bool:
     return number % train.log_every == 0
 
 
-def stops_early(train: Train, accuracies: Sequence[float]) -> bool:
+def stops_early(train: Train, validations: Sequence[Mapping[str, float]]) -> bool:
     """Return True if ``train.stop_accuracy`` is reached or the last ``train.patience`` evaluations had no new best.
 
-    ``accuracies`` are those of all evaluations on the validation images so far.
+    ``validations`` are the scores of all evaluations on the validation images so far.
     """
-    if not accuracies:
+    validations = [scores for scores in validations if train.monitor in scores]  # an older version had fewer metrics
+    if not validations:
         return False
-    reached = train.stop_accuracy is not None and max(accuracies) >= train.stop_accuracy
-    since_best = len(accuracies) - 1 - int(np.argmax(accuracies))
-    return reached or (train.patience is not None and since_best >= train.patience)
+    reached = train.stop_accuracy is not None and max(v["accuracy"] for v in validations) >= train.stop_accuracy
+    if train.patience is None:
+        return reached
+    since_best = len(validations) - 1 - int(np.argmax([goodness(train.monitor, scores) for scores in validations]))
+    return reached or since_best >= train.patience
 
 
 def may_skip(train: Train, step: int, skipped: Sequence[int]) -> bool:

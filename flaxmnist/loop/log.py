@@ -35,7 +35,8 @@ class TrainingLog:
             if step in nonfinite:
                 self.skip(step, nonfinite[step])
             elif is_logged(self.train, step, self.epoch_length):
-                self.records.add(step, epoch, "train", loss=loss, accuracy=accuracy, gradient_norm=norm)
+                extra = {name: values[i] for name, values in metrics.extra.items()}
+                self.records.add(step, epoch, "train", loss=loss, accuracy=accuracy, gradient_norm=norm, **extra)
                 if report == "loss":
                     logger.info("step %d, loss %.4f, accuracy %.4f", step, loss, accuracy)
                 elif report == "batch_loss":
@@ -72,7 +73,7 @@ class TrainingLog:
         if not np.isfinite(evaluation.loss):
             raise Diverged(f"the {split} loss after step {step} is {evaluation.loss}")
         epoch = step // self.epoch_length
-        self.records.add(step, epoch, split, loss=evaluation.loss, accuracy=evaluation.accuracy)
+        self.records.add(step, epoch, split, **evaluation.scores)
         logger.info("step %d, %s loss %.4f, accuracy %.4f", step, split, evaluation.loss, evaluation.accuracy)
 
 

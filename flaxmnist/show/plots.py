@@ -7,10 +7,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int, Num
 
-from flaxmnist.core import models
+from flaxmnist.core import metrics, models
 from flaxmnist.core.layers import Images
 from flaxmnist.core.pictures import MAX_TILES, class_fractions, sheet
-from flaxmnist.devices import evaluation
 from flaxmnist.errors import UserError
 from flaxmnist.show.canvas import (
     COLOURS,
@@ -37,6 +36,9 @@ if TYPE_CHECKING:
 
 # Largest number of classes for which a confusion matrix has readable counts.
 MAX_NUMBERED = 30
+
+# Values of a training record that other plots show.
+NOT_EXTRA = {"step", "epoch", "split", "loss", "accuracy"}
 
 # --- Data -----------------------------------------------------------------------------------------------------------
 
@@ -153,6 +155,33 @@ def training_curve(run: Run) -> list[np.ndarray]:
         return columns
     columns = history_columns(run, "train", "step", "loss", "accuracy")
     return [np.array([chunk.mean() for chunk in np.array_split(column, 50) if len(chunk)]) for column in columns]
+
+
+def step_metrics(run: Run) -> "Figure":
+    """Draw all other metrics of the recorded steps against the step, such as gradient norm and learning rate.
+
+    Metrics with the same prefix, as in "norm/first" and "norm/last", share axes. Raise UserError if there are none.
+    """
+    records = [record for record in run.history if record["split"] == "train"]
+    names = dict.fromkeys(name for record in records for name in record if name not in NOT_EXTRA)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.partition("/")[0], []).append(name)
+    if not groups:
+        raise UserError("no metrics of steps were recorded: use a smaller train.log_every")
+    fig = figure(7, 0.6 + 1.7 * len(groups))
+    rows = fig.subplots(len(groups), sharex=True, squeeze=False)[:, 0]
+    for axes, (group, members) in zip(rows, groups.items(), strict=True):
+        for name in members:
+            points = [(record["step"], record[name]) for record in records if name in record]
+            marker = "." if len(points) < 30 else None
+            axes.plot(*zip(*points, strict=True), label=name.partition("/")[2] or "all", linewidth=0.8, marker=marker)
+        axes.set_ylabel(group.replace("_", " "))
+        axes.grid(alpha=0.3)
+        if len(members) > 1:
+            axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    rows[-1].set_xlabel("step")
+    return fig
 
 
 def accuracies(runs: Mapping[str, Run]) -> "Figure":
@@ -276,7 +305,7 @@ def calibration(
     """Draw accuracy against confidence, and the number of predictions by confidence (Guo et al. 2017)."""
     fig = figure(5.5, 5.5)
     top, bottom = fig.subplots(2, sharex=True, height_ratios=[3, 1])
-    reliability = evaluation.reliability(probabilities, labels, bins)
+    reliability = metrics.reliability(probabilities, labels, bins)
     bin_counts, *_ = reliability
     counts, confidence, correct = (sums[bin_counts > 0] for sums in reliability)
     mean, accuracy = confidence / counts, correct / counts

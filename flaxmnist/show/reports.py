@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from flaxmnist import fields
 from flaxmnist.config import Config
+from flaxmnist.core.metrics import log_softmax
 from flaxmnist.core.models import CNN, Softmax
 from flaxmnist.data.sets import Dataset, Split
 from flaxmnist.devices import evaluation
@@ -84,12 +85,12 @@ def write_sweep(sweep: Sweep, folder: Path, out: Path | None = None) -> tuple[Pa
 def run_sections(folder: Path, run: Run, data_dir: Path | None) -> Iterator[Section]:
     """Yield the sections for one run, evaluated on the test images if it is finished, else on the validation images."""
     data = load_training_data(folder, run.config.data, run.data, data_dir)
-    yield Section("Result", "\n".join(f"{name:<20} {value}" for name, value in facts(run).items()), [])
+    yield Section("Result", "\n".join(f"{name:<24} {value}" for name, value in facts(run).items()), [])
     yield Section("Training", "", training_pictures(run))
     split_name, split = ("test", data.test) if run.result else ("validation", data.validation)
     if split is not None:
         logits = evaluation.predict_logits(run.model, split.images)
-        scores, probabilities = evaluation.score_logits(logits, split.labels), np.exp(evaluation.log_softmax(logits))
+        scores, probabilities = evaluation.score_logits(logits, split.labels), np.exp(log_softmax(logits))
         pictures = prediction_pictures(split, probabilities, scores)
         yield Section(f"Predictions on the {split_name} images", "", pictures)
         yield Section("Scores of each class", text.class_scores(scores), [])
@@ -106,6 +107,8 @@ def training_pictures(run: Run) -> Iterator[Picture]:
         batches = "every batch" if interval == 1 else f"one batch in {interval}"
         caption = f"Cost of {batches}, before its update; one curve per epoch."
         yield Picture("batch_costs", caption, plots.batch_costs(run))
+    if any(record["split"] == "train" for record in run.history):
+        yield Picture("step_metrics", "Other metrics of the recorded steps.", plots.step_metrics(run))
 
 
 def prediction_pictures(
@@ -189,6 +192,11 @@ def facts(run: Run) -> dict[str, str]:
         table |= {
             "test accuracy": f"{result.test_accuracy:.4f} of {result.test_count:,} images",
             "test loss": f"{result.test_loss:.4f} nats per image",
+            **{
+                f"test {text.metric_title(name)}": f"{score:.4f}"
+                for name, score in (result.test or {}).items()
+                if name not in ("accuracy", "loss")
+            },
             "validation accuracy": format_number(result.validation_accuracy) or "no validation images",
             "steps": f"{steps:,}, {result.epochs:.3g} epochs, {rate} per second",
             "parameters": f"{result.params:,}",

@@ -64,7 +64,8 @@ def class_report(evaluation: Evaluation) -> str:
     """Return loss, accuracy, the scores of each class, and the confusion matrix."""
     matrix = [("true \\ predicted", *map(str, range(len(evaluation.confusion))))]
     matrix += [(str(label), *map(str, row)) for label, row in enumerate(evaluation.confusion)]
-    summary = f"accuracy {evaluation.accuracy:.4f}, loss {evaluation.loss:.4f}, {evaluation.count} images"
+    scores = [f"{metric_title(name)} {evaluation.scores[name]:.4f}" for name in ("accuracy", *evaluation.scores)]
+    summary = ", ".join([*dict.fromkeys(scores), f"{evaluation.count} images"])
     return "\n".join([summary, "", class_scores(evaluation), "", format_table(matrix)])
 
 
@@ -101,6 +102,11 @@ def format_table(rows: list[tuple[str, ...]]) -> str:
 def decimals(value: float | None) -> str:
     """Return a score with four decimals, or "" for None."""
     return "" if value is None else f"{value:.4f}"
+
+
+def metric_title(name: str) -> str:
+    """Return the name of a metric in words."""
+    return name.replace("_", " ").replace("top2", "top-2")
 
 
 def megabytes(size: float) -> str:
@@ -183,13 +189,10 @@ def sweep_report(sweep: Sweep) -> str:
 
 def ensemble_report(ensemble: Ensemble) -> str:
     """Return a table of the scores of the members and of the ensemble."""
-    rows: list[tuple[str, ...]] = [(ensemble.setting, "accuracy", "calibration error")]
-    accuracy, error = (
-        summarise([getattr(scores, name) for scores in ensemble.members]) for name in ("accuracy", "calibration_error")
-    )
+    names = list(ensemble.together.scores)
+    rows: list[tuple[str, ...]] = [(ensemble.setting, *map(metric_title, names))]
+    summaries = [summarise([member.scores[name] for member in ensemble.members]) for name in names]
     for statistic in ("mean", "std", "min", "max"):
-        values = (getattr(summary, statistic) for summary in (accuracy, error))
-        rows.append((f"members, {statistic}", *map(decimals, values)))
-    values = (ensemble.together.accuracy, ensemble.together.calibration_error)
-    rows.append((f"ensemble of {len(ensemble.members)}", *map(decimals, values)))
-    return f"{format_table(rows)}\n{ensemble.count} images"
+        rows.append((f"members, {statistic}", *(decimals(getattr(summary, statistic)) for summary in summaries)))
+    rows.append((f"ensemble of {len(ensemble.members)}", *map(decimals, ensemble.together.scores.values())))
+    return f"{format_table(rows)}\n{ensemble.together.count} images"

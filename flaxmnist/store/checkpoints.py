@@ -71,7 +71,7 @@ def restore(folder: Path, step: int, like: TrainState) -> TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of a run in progress. Only the newest few and the best by validation accuracy are kept."""
+    """The checkpoints of a run in progress. Only the newest few and the best by ``train.monitor`` are kept."""
 
     def __init__(self, folder: Path, keep: int, last: int | None = None):
         """Keep the ``keep`` newest checkpoints; ``last`` is the step of the newest intact one."""

@@ -128,7 +128,9 @@ def read_run_info(folder: Path, saved: Saved | None, classes: Iterable[type]) ->
 def compare(previous: RunInfo, run: RunInfo, folder: Path, allow_change: bool) -> bool:
     """Return True if fields outside MAY_CHANGE differ. Raise UserError naming them unless ``allow_change``."""
     old, new = (
-        fields.flatten(fields.to_json(info.config)) | {"data.source": info.data.source} for info in (previous, run)
+        fields.flatten(fields.to_json(info.config))
+        | {"data.source": info.data.source, "step": info.step.name if info.step else "the built-in one"}
+        for info in (previous, run)
     )
     changed = [name for name in sorted(old | new) if old.get(name) != new.get(name) and name not in MAY_CHANGE]
     differences = ", ".join(f"{name} ({old.get(name)} before, {new.get(name)} now)" for name in changed)
@@ -136,6 +138,8 @@ def compare(previous: RunInfo, run: RunInfo, folder: Path, allow_change: bool) -
         raise UserError(f"{folder} was started with other values: {differences}; use those or --allow-config-change")
     if changed:
         logger.warning("resuming %s with other values: %s", folder, differences)
+    elif run.step != previous.step:
+        logger.warning("resuming %s although the source of the step %s has changed", folder, new["step"])
     return bool(changed)
 
 

@@ -33,6 +33,7 @@ class CheckpointInfo:
     """The metadata of a checkpoint."""
 
     accuracy: float | None  # on the validation images, if they were evaluated at this step
+    goodness: float | None  # of train.monitor then, larger is better
     seconds: dict[str, float]  # spent by the run so far, by activity
     run: dict[str, Any]  # a RunInfo as JSON, so that reading needs none of the user's classes
 
@@ -73,7 +74,7 @@ def read(folder: Path, step: int, *, verify: bool = True) -> Saved:
     except OSError as error:
         raise read_error(checkpoint, error) from None
     try:
-        return Saved(step, fields.from_json(content["about"], CheckpointInfo), records)
+        return Saved(step, fields.from_json(with_goodness(content["about"]), CheckpointInfo), records)
     except UserError as error:
         # Not a DamagedError: it is intact, so that a run must not start from scratch because of it.
         raise UserError(f"{checkpoint / NAME} is from another version of flaxmnist: {error}") from None
@@ -117,14 +118,19 @@ def find(folder: Path, which: str) -> Saved | None:
 
 
 def best(folder: Path, candidates: list[int]) -> int | None:
-    """Return the step with the best validation accuracy, the newest if several, or None if none was evaluated."""
-    accuracies = {}
+    """Return the best step by ``train.monitor``, the newest if several, or None if none was evaluated."""
+    found = {}
     for step in candidates:
         with contextlib.suppress(DamagedError):
-            accuracy = read_manifest(folder / str(step))["about"]["accuracy"]
-            if accuracy is not None:
-                accuracies[step] = accuracy
-    return max(accuracies, key=lambda step: (accuracies[step], step)) if accuracies else None
+            goodness = with_goodness(read_manifest(folder / str(step))["about"])["goodness"]
+            if goodness is not None:
+                found[step] = goodness
+    return max(found, key=lambda step: (found[step], step)) if found else None
+
+
+def with_goodness(about: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a checkpoint; before there was ``train.monitor``, it was the accuracy."""
+    return {"goodness": about.get("accuracy")} | about
 
 
 # --- One checkpoint -------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Where a run comes from: config.json, with the config, code, versions, devices and data of a run."""
 
+import hashlib
+import inspect
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,7 +12,9 @@ from typing import Annotated
 import jax
 from jax.sharding import Mesh
 
+from flaxmnist import fields
 from flaxmnist.config import Config
+from flaxmnist.core.steps import Step, train_step
 from flaxmnist.data.sets import Dataset
 from flaxmnist.errors import UserError
 from flaxmnist.fields import In
@@ -59,6 +63,25 @@ class DeviceInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """A training step of the user's."""
+
+    name: str  # "FILE.py:function", or "notebook:function" without a file
+    sha256: str | None  # of its source; None if there is none, as at a Python prompt
+
+    @classmethod
+    def of(cls, step: Step) -> "StepInfo | None":
+        """Return None for the built-in step."""
+        if step is train_step:
+            return None
+        try:
+            source = inspect.getsource(step)
+        except (OSError, TypeError):
+            source = None
+        return cls(name=fields.user_name(step), sha256=source and hashlib.sha256(source.encode()).hexdigest())
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunInfo:
     """The content of config.json."""
 
@@ -69,9 +92,12 @@ class RunInfo:
     versions: dict[str, str]
     devices: DeviceInfo
     data: DataInfo
+    step: StepInfo | None = None  # None: the built-in one
 
     @classmethod
-    def of(cls, config: Config, data: Dataset, mesh: Mesh, backend: str, experiment: str | Path | None) -> "RunInfo":
+    def of(
+        cls, config: Config, data: Dataset, step: Step, mesh: Mesh, backend: str, experiment: str | Path | None
+    ) -> "RunInfo":
         return cls(
             config=config,
             experiment=None if experiment is None else str(experiment),
@@ -80,6 +106,7 @@ class RunInfo:
             versions=versions(),
             devices=DeviceInfo.of(mesh, backend),
             data=DataInfo.of(data),
+            step=StepInfo.of(step),
         )
 
 

@@ -48,9 +48,9 @@ class Records:
         return [json.loads(line) for line in self.text.splitlines()]
 
     @property
-    def accuracies(self) -> list[float]:
-        """Return the accuracies of all evaluations on the validation images."""
-        return [record["accuracy"] for record in self.rare if record["split"] == "validation"]
+    def validations(self) -> list[dict[str, Any]]:
+        """Return the records of all evaluations on the validation images."""
+        return [record for record in self.rare if record["split"] == "validation"]
 
     def last(self, split: str) -> dict[str, Any] | None:
         """Return the last record of ``split``, which must not be FREQUENT."""

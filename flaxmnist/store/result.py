@@ -32,6 +32,8 @@ class Result:
     test_loss: float  # mean cross-entropy in nats
     test_count: Annotated[int, In(1)]  # images
     validation_accuracy: float | None  # fraction; None if there are no validation images
+    test: dict[str, float] | None = None  # all metrics; None in old files
+    validation: dict[str, float] | None = None
     params: int  # number of parameters
     params_sha256: str
     steps_per_second: float | None
@@ -45,7 +47,13 @@ class Result:
 
     @classmethod
     def of(
-        cls, run: RunInfo, state: TrainState, clock: Clock, epochs: float, validation: float | None, test: Evaluation
+        cls,
+        run: RunInfo,
+        state: TrainState,
+        clock: Clock,
+        epochs: float,
+        validation: dict[str, float] | None,
+        test: Evaluation,
     ) -> "Result":
         """Collect the result of a run that ends now with ``state``, whose arrays must be on this process's devices."""
         steps, train_seconds = int(state.step), clock.seconds.get("train", 0.0)
@@ -60,7 +68,9 @@ class Result:
             test_accuracy=test.accuracy,
             test_loss=test.loss,
             test_count=test.count,
-            validation_accuracy=validation,
+            validation_accuracy=None if validation is None else validation["accuracy"],
+            test=test.scores,
+            validation=validation,
             params=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             params_sha256=params_sha256(state.params),
             steps_per_second=steps / train_seconds if train_seconds else None,

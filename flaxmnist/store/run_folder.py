@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flaxmnist import fields
 from flaxmnist.console import Clock, logger
 from flaxmnist.core import models
+from flaxmnist.core.metrics import goodness
 from flaxmnist.core.state import TrainState
 from flaxmnist.devices import parallel, processes
 from flaxmnist.devices.evaluation import Evaluation
@@ -211,8 +212,11 @@ class RunFolder(NoFolder):
 
     def save_to(self, checkpoints: "Checkpoints", state: TrainState) -> None:
         last = self.records.last("validation")
-        accuracy = last["accuracy"] if last and last["step"] == int(state.step) else None
-        info = CheckpointInfo(accuracy=accuracy, seconds=dict(self.clock.seconds), run=fields.to_json(self.run))
+        accuracy, good = None, None
+        if last and last["step"] == int(state.step):
+            accuracy, good = last["accuracy"], goodness(self.run.config.train.monitor, last)
+        seconds, run = dict(self.clock.seconds), fields.to_json(self.run)
+        info = CheckpointInfo(accuracy=accuracy, goodness=good, seconds=seconds, run=run)
         checkpoints.save(state, info, bytes(self.records.text))
 
     def rescue(self, state: TrainState, elsewhere: Path) -> str:

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from flaxmnist.config import Config
+from flaxmnist.core.metrics import log_softmax
 from flaxmnist.devices import evaluation
+from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.errors import UserError
 from flaxmnist.store.files import read_json
 from flaxmnist.store.load import classes_of, get_split, load_training_data
@@ -15,26 +17,12 @@ from flaxmnist.sweeps.results import SweepInfo, SweepResult
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Accuracy and calibration of predictions."""
-
-    accuracy: float  # fraction of correct predictions
-    calibration_error: float  # expected calibration error
-
-
-@dataclass(frozen=True)
 class Ensemble:
     """Scores of each member, a trial of one setting, and of the ensemble."""
 
     setting: str
-    count: int  # images
-    members: list[Scores]
-    together: Scores
-
-
-def score(probabilities: np.ndarray, labels: np.ndarray) -> Scores:
-    accuracy = float((probabilities.argmax(axis=1) == labels).mean())
-    return Scores(accuracy, evaluation.reliability(probabilities, labels).error())
+    members: list[Evaluation]
+    together: Evaluation
 
 
 def evaluate_ensemble(
@@ -61,6 +49,8 @@ def evaluate_ensemble(
         raise UserError(f"{workdir} has {len(models)} trials of its best setting: pass --ensemble a number up to that")
     trained, data = info.experiment(best.experiment)
     images, labels = get_split(workdir, load_training_data(workdir, trained.data, data, data_dir), split)
-    probabilities = [evaluation.predict(model, images)[1] for model in models[:count]]
-    together = score(np.mean(probabilities, axis=0), labels)
-    return Ensemble(best.title, len(labels), [score(p, labels) for p in probabilities], together)
+    logits = [evaluation.predict_logits(model, images) for model in models[:count]]
+    with np.errstate(divide="ignore"):  # of a probability that rounds to 0
+        together = np.log(np.mean([np.exp(log_softmax(each)) for each in logits], axis=0))
+    members = [evaluation.score_logits(each, labels) for each in logits]
+    return Ensemble(best.title, members, evaluation.score_logits(together, labels))

@@ -9,14 +9,16 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from flaxmnist import fields
 from flaxmnist.config import Config, MLPConfig, SoftmaxConfig
+from flaxmnist.core.steps import Step, train_step
 from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset
+from flaxmnist.devices.program import MakeArrays
 from flaxmnist.errors import UserError
 
 # Fields whose values may differ between the trials of one program.
@@ -31,6 +33,15 @@ FIXED = {"name", "seed", "data.name", "data.validation", "data.order_seed"}
 MAX_TRIALS = 100_000
 
 
+class Experiment(NamedTuple):
+    """What a sweep trains."""
+
+    config: Config
+    data: Dataset
+    step: Step = train_step
+    arrays: MakeArrays | None = None
+
+
 @dataclass(frozen=True)
 class Trial:
     """One run of a sweep."""
@@ -39,6 +50,8 @@ class Trial:
     config: Config  # with its length in steps
     data: Dataset
     fields: dict[str, Any]  # values of the swept fields, by dotted name
+    step: Step
+    arrays: MakeArrays | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class Group:
 
 
 def plan_trials(
-    experiments: Sequence[tuple[Config, Dataset]],
+    experiments: Sequence[Experiment],
     seeds: Sequence[int],
     settings: Sequence[dict[str, Any]],
     share_order: bool,
@@ -61,7 +74,7 @@ def plan_trials(
     if len(experiments) * len(settings) * len(seeds) > MAX_TRIALS:
         raise UserError(f"a sweep has at most {MAX_TRIALS:,} trials: pass fewer seeds, values or experiments")
     trials = []
-    for (config, data), setting, seed in itertools.product(experiments, settings, seeds):
+    for (config, data, step, arrays), setting, seed in itertools.product(experiments, settings, seeds):
         if config.train.patience is not None or config.train.stop_accuracy is not None:
             raise UserError("trials of a sweep cannot stop early: set train.patience and train.stop_accuracy to None")
         for name, value in setting.items():
@@ -73,7 +86,7 @@ def plan_trials(
             config = fields.replace(config, "data.order_seed", seeds[0], check=False)
         # Checked only when all values are set, because some are only valid together.
         config = order.resolve_length(replace(config, seed=seed), len(data.train.labels))
-        trials.append(Trial(len(trials), config, data, dict(setting)))
+        trials.append(Trial(len(trials), config, data, dict(setting), step, arrays))
     if not trials:
         raise UserError("there is nothing to train: pass at least one seed and one value of each field")
     return trials

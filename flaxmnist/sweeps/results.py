@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from flaxmnist.config import Config
-from flaxmnist.store.provenance import DataInfo, DeviceInfo
+from flaxmnist.store.provenance import DataInfo, DeviceInfo, StepInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class SweepInfo:
     exact: bool
     devices: DeviceInfo
     versions: dict[str, str]
+    steps: dict[str, StepInfo] | None = None  # of experiments with a step of their own, by name; None: of none
 
     def experiment(self, name: str) -> tuple[Config, DataInfo]:
         return {config.name: (config, data) for config, data in zip(self.experiments, self.data, strict=True)}[name]
@@ -52,6 +53,8 @@ class TrialResult(Setting):
     test_loss: float | None
     params_sha256: str
     failed: str | None  # the reason, if it diverged
+    test: dict[str, float] | None = None  # all metrics; None in old files
+    validation: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

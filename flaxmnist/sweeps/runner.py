@@ -13,14 +13,15 @@ from jax.sharding import Mesh
 from flaxmnist.config import Config
 from flaxmnist.console import Progress, logger
 from flaxmnist.core import steps
+from flaxmnist.core.steps import Step, train_step
 from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset
 from flaxmnist.devices import parallel
-from flaxmnist.devices.program import TrialProgram, put_split
+from flaxmnist.devices.program import MakeArrays, TrialProgram, put_split, step_arrays
 from flaxmnist.errors import UserError
-from flaxmnist.store.provenance import DataInfo, DeviceInfo, versions
+from flaxmnist.store.provenance import DataInfo, DeviceInfo, StepInfo, versions
 from flaxmnist.sweeps.folder import SweepFolder, open_sweep_folder
-from flaxmnist.sweeps.plan import Group, group_trials, plan_trials
+from flaxmnist.sweeps.plan import Experiment, Group, group_trials, plan_trials
 from flaxmnist.sweeps.results import Sweep, SweepInfo
 from flaxmnist.sweeps.trials import Trials
 
@@ -37,20 +38,23 @@ def sweep(
     share_order: bool = False,
     exact: bool = False,
     devices: int | None = None,
+    step: Step = train_step,
+    arrays: MakeArrays | None = None,
 ) -> Sweep:
     """Train ``config`` with each seed and each combination of the values in ``over``, {dotted field: values}.
 
     ``seeds`` is a list, or a number of seeds counted from 0. With ``share_order`` all trials use the batches of the
-    first seed, which makes small models fast. With ``exact`` each trial is bitwise identical to ``fit``. Raise
-    UserError.
+    first seed, which makes small models fast. With ``exact`` each trial is bitwise identical to ``fit``. For ``step``
+    and ``arrays`` see ``fit``. Raise UserError.
     """
     seeds = range(seeds) if isinstance(seeds, int) else list(seeds)
     settings = [dict(zip(over or {}, values, strict=True)) for values in itertools.product(*(over or {}).values())]
-    return run_sweep([(config, data)], seeds, settings, share_order=share_order, exact=exact, devices=devices)
+    experiment = Experiment(config, data, step, arrays)
+    return run_sweep([experiment], seeds, settings, share_order=share_order, exact=exact, devices=devices)
 
 
 def run_sweep(
-    experiments: Sequence[tuple[Config, Dataset]],
+    experiments: Sequence[Experiment],
     seeds: Sequence[int],
     settings: Sequence[dict[str, Any]],
     *,
@@ -63,15 +67,18 @@ def run_sweep(
     stop: threading.Event | None = None,
 ) -> Sweep:
     """Train every experiment with every setting and seed; save the sweep in ``workdir`` unless it is None."""
-    names = [config.name for config, _ in experiments]
+    names = [config.name for config, *_ in experiments]
     if len(set(names)) < len(names):
         raise UserError(f"experiments of a sweep need different names, but these are {', '.join(names)}: rename one")
     mesh, trials = parallel.make_mesh(devices), plan_trials(experiments, seeds, settings, share_order)
-    for config, data in experiments:
-        steps.check_model(order.resolve_length(config, len(data.train.labels)), data.train, data.classes, 1)
+    for config, data, step, arrays in experiments:
+        config = order.resolve_length(config, len(data.train.labels))
+        steps.check_model(config, data.train, data.classes, 1)
+        steps.check_step(config, data.train, data.classes, step, step_arrays(arrays, config, data))
     info = SweepInfo(
-        experiments=tuple(config for config, _ in experiments),
-        data=tuple(DataInfo.of(data) for _, data in experiments),
+        experiments=tuple(experiment.config for experiment in experiments),
+        steps={config.name: info for config, _, step, _ in experiments if (info := StepInfo.of(step))} or None,
+        data=tuple(DataInfo.of(experiment.data) for experiment in experiments),
         seeds=tuple(seeds),
         settings=tuple(settings),
         share_order=share_order,
@@ -129,11 +136,21 @@ def separate(group: Group) -> list[Group]:
 
 def compile_group(group: Group, mesh: Mesh) -> TrialProgram:
     """Compile the program for as many trials at once as fit into the memory of a device."""
-    config, data = group.trials[0].config, group.trials[0].data
-    images = put_split(data.train, mesh)
+    first = group.trials[0]
+    images = put_split(first.data.train, mesh)
     per_device = 1 if group.sequential else -(-len(group.trials) // mesh.size)
     while True:
-        program = TrialProgram(config, group.names, data, images, mesh, per_device, group.share_order)
+        program = TrialProgram(
+            first.config,
+            group.names,
+            first.data,
+            images,
+            mesh,
+            per_device,
+            group.share_order,
+            first.step,
+            first.arrays,
+        )
         if per_device == 1 or program.bytes <= MEMORY_FRACTION * parallel.device_memory(mesh):
             return program
         per_device = -(-per_device // 2)

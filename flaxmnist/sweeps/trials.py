@@ -48,7 +48,9 @@ class Trials:
         values = [[trial.fields[name] for name in names] for trial in padded]
         self.values = np.array(values, np.float32).reshape(program.size, len(names))
         self.state = program.create(self.seeds, self.values)
+        self.arrays = program.arrays(self.configs, trials[0].data)
         self.curves: list[list[Point]] = [[] for _ in trials]
+        self.validation: list[dict[str, float] | None] = [None for _ in trials]  # scores of the last evaluation
         self.failed: list[str | None] = [None] * len(trials)  # the reason, if a trial diverged
         self.skipped: list[list[int]] = [[] for _ in trials]  # steps whose loss or gradient was not finite
         self.step, self.seconds = 0, 0.0  # of training
@@ -59,7 +61,7 @@ class Trials:
 
     def __call__(self, state: TrainState, start: int, count: int) -> tuple[TrainState, Metrics]:
         """Do ``count`` steps of every trial from ``state``, which is at step ``start`` and is donated."""
-        return self.program(self.seeds, self.values, state, self.configs, start, count)
+        return self.program(self.seeds, self.values, state, self.arrays, self.configs, start, count)
 
     def train(
         self, progress: Progress, stop: threading.Event, save_due: Callable[[], bool], save: Callable[[], None]
@@ -109,6 +111,7 @@ class Trials:
                     message = f"the validation loss after step {self.step} is {scores.loss}"
                     self.failed[row] = self.failed[row] or message
                 points.append(Point(self.step, True, scores.loss, scores.accuracy))
+                self.validation[row] = scores.scores
 
     def trial_state(self, row: int) -> TrainState:
         return jax.tree.map(lambda x: x[row], self.state)
@@ -127,16 +130,18 @@ class Trials:
         test = evaluation.evaluate(state.model, *trial.data.test)
         if not np.isfinite(test.loss):
             failed = failed or f"the test loss is {test.loss}"
-        validated = [point.accuracy for point in self.curves[row] if point.validation]
+        validation = None if failed else self.validation[row]
         return TrialResult(
             experiment=trial.config.name,
             seed=trial.config.seed,
             fields=trial.fields,
             test_accuracy=None if failed else test.accuracy,
-            validation_accuracy=validated[-1] if validated and not failed else None,
+            validation_accuracy=None if validation is None else validation["accuracy"],
             test_loss=None if failed else test.loss,
             params_sha256=params_sha256(state.params),
             failed=failed,
+            test=None if failed else test.scores,
+            validation=validation,
         )
 
     # --- Saving unfinished trials -----------------------------------------------------------------------------------
@@ -152,6 +157,7 @@ class Trials:
             for points in self.curves
         ]
         progress = {"step": self.step, "seconds": self.seconds, "failed": self.failed, "skipped": self.skipped}
+        progress |= {"validation": self.validation}
         told = np.array(json.dumps(progress | {"curves": curves}))
         leaves = {f"leaf.{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))}
         return {"numbers": np.array(self.indices), "told": told, **leaves}
@@ -168,6 +174,7 @@ class Trials:
             self.curves = [list(map(Point, *(c[name] for name in Point._fields))) for c in progress["curves"]]
             self.step, self.seconds = progress["step"], progress["seconds"]
             self.failed, self.skipped = progress["failed"], progress["skipped"]
+            self.validation = progress.get("validation", self.validation)  # not in old files
             restored = [jax.device_put(array, leaf.sharding) for array, leaf in zip(saved, leaves, strict=True)]
             self.state = jax.tree.unflatten(tree, restored)
             logger.info("resuming %d unfinished trials", len(self.trials))
