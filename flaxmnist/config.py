@@ -212,11 +212,6 @@ class BaseOptimizer:
     clip_norm: Positive | None = None  # maximum global norm of the gradient; None: no clipping
     accumulate: Count = 1  # batches per update, gradients averaged equally; an incomplete last group is dropped
 
-    def make(self, updates: int) -> Any:
-        from flaxmnist.core import optim
-
-        return optim.make_optimizer(self, updates)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SGD(BaseOptimizer):
@@ -252,7 +247,7 @@ class Lion(BaseOptimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(BaseOptimizer):
-    """Orthogonalised momentum (Jordan et al. 2024) for matrices and kernels; Nadam (Dozat 2016) for biases."""
+    """Orthogonalised momentum (Jordan et al. 2024) for kernels of known layers; Nadam (Dozat 2016) for the rest."""
 
     learning_rate: Positive = 0.02  # step size; the full rate of the schedule
     momentum: BelowOne = 0.95  # decay of the moving average of the gradients
@@ -264,7 +259,7 @@ OPTIMIZERS = SGD, Adam, Lion, Muon
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """A frozen dataclass that makes an optimizer, built in or your own."""
+    """A frozen dataclass of your own that makes an optimizer."""
 
     def make(self, updates: int) -> Any:
         """Return an ``optax.GradientTransformation`` for a run of ``updates`` updates.
@@ -350,6 +345,8 @@ class Train:
     checkpoint_every: Count | None = None  # steps between checkpoints; None: only at the end
     keep: Count = 2  # number of latest checkpoints to keep, besides the best
     report: Literal["loss", "epoch_cost", "batch_loss", "batch_accuracy", "probabilities"] = "loss"  # console lines
+    start_from: str | None = None  # run folder whose weights to start from; None: the model's initial values
+    frozen: tuple[str, ...] = ()  # names of parameters or layers that are not trained, such as "convs" or "convs.0"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype inside a training step; weights stay float32
     ema_decay: BelowOne | None = None  # decay per step of the average of the weights for evaluation; None: no average
     monitor: str = "accuracy"  # validation metric of the best checkpoint and of patience, see core/metrics.py
@@ -372,7 +369,7 @@ class Config:
     name: str  # name of the experiment, and prefix of its run folders
     seed: Natural = 0  # seed of initial values, dropout, augmentation and (unless data.order_seed is set) order
     model: Annotated[Model, Kinds(MODELS, Model.make)]
-    optimizer: Annotated[Optimizer, Kinds(OPTIMIZERS, Optimizer.make)]
+    optimizer: Annotated[BaseOptimizer | Optimizer, Kinds(OPTIMIZERS, Optimizer.make)]
     objective: Annotated[Loss, Kinds(OBJECTIVES, Loss.losses, default=True)] = Objective()
     data: Data = Data()
     train: Train

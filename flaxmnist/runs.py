@@ -1,20 +1,23 @@
 """One run, from config to result: ``fit`` and the training loop."""
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from flaxmnist.config import Config
 from flaxmnist.console import Clock, logger
-from flaxmnist.core import metrics, steps
+from flaxmnist.core import checks, metrics, steps
 from flaxmnist.core.state import Metrics, TrainState
 from flaxmnist.core.steps import Step
 from flaxmnist.data import order
@@ -26,6 +29,7 @@ from flaxmnist.errors import Diverged, Stopped, UserError
 from flaxmnist.loop.advance import Pace, advance
 from flaxmnist.loop.conditions import is_due, next_due, stops_early
 from flaxmnist.loop.log import TrainingLog
+from flaxmnist.store.initial import load_initial
 from flaxmnist.store.load import Run, load_run
 from flaxmnist.store.provenance import RunInfo
 from flaxmnist.store.result import Result
@@ -74,6 +78,7 @@ def fit(
     model_parallel: int = 1,
     profile: str | Path | None = None,
     experiment: str | Path | None = None,
+    initial: nnx.Module | None = None,
     stop: threading.Event | None = None,
     clock: Clock | None = None,
     on_evaluation: OnEvaluation | None = None,
@@ -87,7 +92,8 @@ def fit(
     restores and saves.)
 
     ``step(config, state, batch, arrays, *, axis_name)`` is the training step: the built-in one, or your own made of the
-    functions in ``core.steps``. ``arrays(config, data)`` makes its ``arrays``, any pytree, at each start.
+    functions in ``core.steps``. ``arrays(config, data)`` makes its ``arrays``, any pytree, at each start. ``initial``
+    is a module whose weights training starts from (see also ``train.start_from``).
 
     ``devices`` is the number of devices to use (None: all), ``backend`` how training is compiled for them, and
     ``model_parallel`` the number of devices that each dense kernel is split over. ``profile`` is a folder for a trace
@@ -101,10 +107,12 @@ def fit(
     """
     config = order.resolve_length(config, len(data.train.labels))
     mesh, clock, stop = parallel.make_mesh(devices, model_parallel), clock or Clock(), stop or threading.Event()
-    check(config, data, mesh, backend)
     with clock("data"):
         step_arrays = program.step_arrays(arrays, config, data)
-    steps.check_step(config, data.train, data.classes, step, step_arrays)
+    check(config, data, step, step_arrays, mesh, backend)
+    load = functools.cache(partial(load_initial, config, data, initial))
+    if not resume:
+        load()  # raises UserError before anything is written
     info = RunInfo.of(config, data, step, mesh, backend, experiment)
     with open_folder(workdir, info, clock, resume, overwrite, allow_config_change) as folder, parallel.memory_errors():
         if folder.finished:
@@ -115,6 +123,8 @@ def fit(
         if state is None:
             with clock("compile"):
                 state = program.initial_state(config, data, mesh)
+                state = steps.with_weights(state, load()) if load() else state
+                state = jax.device_put(state, parallel.state_shardings(state, mesh))
         epoch_length = order.steps_per_epoch(config, len(data.train.labels))
         with contextlib.closing(TrainingLog(config, epoch_length, folder.records, int(state.step))) as log:
             hooks = stop, on_evaluation, on_checkpoint
@@ -185,7 +195,7 @@ def finish(session: Session, state: TrainState) -> Run:
 # --- Parts of the above ---------------------------------------------------------------------------------------------
 
 
-def check(config: Config, data: Dataset, mesh: Mesh, backend: Backend) -> None:
+def check(config: Config, data: Dataset, step: Step, arrays: Any, mesh: Mesh, backend: Backend) -> None:
     """Raise UserError if ``config`` cannot be trained on ``data``, before anything is written."""
     if backend == "pmap" and (jax.process_count() > 1 or mesh.shape[parallel.MODEL] > 1):
         raise UserError("--backend pmap supports neither several processes nor --model-parallel: use --backend jit")
@@ -195,9 +205,9 @@ def check(config: Config, data: Dataset, mesh: Mesh, backend: Backend) -> None:
         raise UserError(f"train.monitor must be one of {names}, but is {config.train.monitor!r}")
     if config.data.order == "file" and not data.file_order:
         raise UserError(f"data.order file needs the original files, not {data.source}: use --data.order shuffled")
-    steps.check_model(config, data.train, data.classes, mesh.shape[parallel.BATCH])
+    checks.check(config, data, step, arrays, mesh.shape[parallel.BATCH])
     shapes = program.state_shapes(config, data, mesh)
-    parallel.check_model(shapes.params, mesh)
+    parallel.check_model(shapes, mesh)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     parallel.check_memory("the state of this model", size, mesh)
 

@@ -3,8 +3,7 @@
     python tests/bits.py [CHECKOUT] [--data-dir DIR] > bits.txt
 
 Run the first 300 steps of each experiment and one small sweep with the code in CHECKOUT (default: this one). Print the
-SHA-256 of the parameters and of all losses and accuracies of each run, and the parameters and test loss of each trial of
-the sweep.
+SHA-256 of the parameters and of all losses and accuracies of each run, and parameters and test loss of each trial.
 """
 
 import argparse

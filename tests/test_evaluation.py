@@ -3,9 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from conftest import small
 from flax import nnx
 
 import flaxmnist as fm
+from flaxmnist.core import steps
 from flaxmnist.devices import evaluation, parallel
 from flaxmnist.errors import UserError
 
@@ -42,10 +44,10 @@ def test_loss_of_infinite_logits_is_nan():
 @pytest.mark.parametrize(("devices", "model_parallel"), [(1, 1), (8, 1), (8, 2)])
 @pytest.mark.parametrize("size", [1, 17, 360])
 def test_logits_do_not_depend_on_devices(devices, model_parallel, size, digits):
-    model = fm.MLP(hidden=(32,), rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model)
+    state = steps.create_state(small("mlp"), (28, 28, 1), 10)
+    model = state.model
     mesh = parallel.make_mesh(devices, model_parallel)
-    sharded = nnx.merge(graphdef, jax.device_put(params, parallel.state_shardings(params, mesh)))
+    sharded = jax.device_put(state, parallel.state_shardings(state, mesh)).model
     logits = evaluation.predict_logits(sharded, digits.test.images[:size])
     assert logits.shape == (size, 10)
     np.testing.assert_allclose(logits, evaluation.predict_logits(model, digits.test.images[:size]), rtol=0, atol=1e-5)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from flaxmnist import config, fields
+from flaxmnist.core.kernels import Kernel
 from flaxmnist.core.optim import make_optimizer
 
 GRADIENTS = [np.array(g) for g in ([1.0, -2.0], [0.5, 0.5], [-3.0, 1.0])]
@@ -14,7 +15,7 @@ GRADIENTS = [np.array(g) for g in ([1.0, -2.0], [0.5, 0.5], [-3.0, 1.0])]
 
 def train(optimizer: config.BaseOptimizer, updates=3) -> np.ndarray:
     """Return the parameters [1, 1] after updates by the three gradients."""
-    transformation, params = make_optimizer(optimizer, updates), jnp.ones(2)
+    transformation, params = make_optimizer(optimizer, updates, {}), jnp.ones(2)
     state = transformation.init(params)
     for gradient in GRADIENTS:
         update, state = transformation.update(jnp.asarray(gradient, jnp.float32), state, params)
@@ -49,10 +50,11 @@ def test_adam(decay):
 def test_muon_orthogonalises_matrices_and_applies_nadam_to_vectors():
     """Singular values of the updates are similar, and their root mean square is the same for every shape."""
     left, right = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 4)))[0], np.eye(4)
+    kernels = {("dense",): Kernel((1,), (0,), True), ("kernel",): Kernel((0, 1, 2), (3,), False)}
     gradients = {"dense": left.T * [[8.0], [4.0], [2.0], [1.0]], "bias": np.array([3.0, -0.5])}
     gradients["kernel"] = (left @ np.diag([8.0, 4.0, 2.0, 1.0]) @ right).reshape(2, 2, 3, 4)
     gradients = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), gradients)
-    transformation = make_optimizer(config.Muon(learning_rate=0.1), 1)
+    transformation = make_optimizer(config.Muon(learning_rate=0.1), 1, kernels)
     updates, _ = transformation.update(gradients, transformation.init(gradients), gradients)
     for matrix in (updates["dense"], updates["kernel"].reshape(12, 4)):
         values = np.linalg.svd(matrix, compute_uv=False) / (0.1 * 0.2 * np.sqrt(12))
@@ -73,7 +75,7 @@ def test_lion():
 @pytest.mark.parametrize("kind", [config.Adam, config.Lion])
 def test_weight_decay_may_leave_out_biases_and_scales(kind):
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    transformation = make_optimizer(kind(learning_rate=0.1, weight_decay=0.5, decay_vectors=False), 1)
+    transformation = make_optimizer(kind(learning_rate=0.1, weight_decay=0.5, decay_vectors=False), 1, {})
     updates, _ = transformation.update(jax.tree.map(jnp.zeros_like, params), transformation.init(params), params)
     np.testing.assert_allclose(updates["kernel"], np.full((2, 2), -0.05), rtol=1e-6)
     np.testing.assert_array_equal(updates["bias"], np.zeros(2))
@@ -120,7 +122,7 @@ def test_learning_rate_may_be_traced():
 
     def update(rate):
         optimizer = fields.replace(config.SGD(), "learning_rate", rate, check=False)
-        transformation = make_optimizer(optimizer, 1)
+        transformation = make_optimizer(optimizer, 1, {})
         return transformation.update(jnp.ones(1), transformation.init(jnp.ones(1)))[0]
 
     np.testing.assert_allclose(jax.jit(update)(jnp.float32(0.25)), [-0.25])

@@ -12,16 +12,12 @@ from jaxtyping import Array, Int
 from optax.contrib import MuonDimensionNumbers
 
 from flaxmnist import config, fields
+from flaxmnist.core.definition import Path
+from flaxmnist.core.kernels import Kernel, map_kernels
 
 # Root mean square of a Muon update at rate 1 for any matrix shape: about that of Adam, so that the same rates suit both
 # (Liu et al. 2025, "Muon is scalable for LLM training").
 MUON_RMS = 0.2
-
-
-def matrix_axes(params: Any) -> Any:
-    """Return the input and output axes of each parameter; None for vectors, which Muon leaves to Nadam."""
-    by_ndim = {2: MuonDimensionNumbers(1, 0), 4: MuonDimensionNumbers((0, 1, 2), 3)}
-    return jax.tree.map(lambda leaf: by_ndim.get(leaf.ndim), params)
 
 
 def make_schedule(schedule: config.BuiltInSchedule, rate: ArrayLike, updates: int) -> optax.Schedule:
@@ -51,12 +47,18 @@ def schedule_counts(opt_state: optax.OptState) -> list[Int[Array, ""]]:
 
 
 def is_matrix(params: Any) -> Any:
-    """Return True for each parameter that is a matrix or a kernel, not a bias or a scale."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    """Return True for each parameter that is no bias and no scale. The biases of attention have two axes."""
+
+    def decays(path: Any, leaf: Any) -> bool:
+        return leaf.ndim > 1 and getattr(path[-1], "key", None) != "bias"
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(optimizer: config.BaseOptimizer, updates: int) -> optax.GradientTransformation:
-    """Return the transformation that ``optimizer`` describes, for a run of ``updates`` updates.
+def make_optimizer(
+    optimizer: config.BaseOptimizer, updates: int, kernels: dict[Path, Kernel]
+) -> optax.GradientTransformation:
+    """Return the transformation that ``optimizer`` describes, for ``updates`` of a model with ``kernels``.
 
     It averages the gradients of ``accumulate`` batches, clips by global norm, and applies the optimizer.
     """
@@ -72,6 +74,10 @@ def make_optimizer(optimizer: config.BaseOptimizer, updates: int) -> optax.Gradi
         case config.Lion(b1=b1, b2=b2, weight_decay=decay, decay_vectors=all_decay):
             update = optax.lion(rate, b1, b2, weight_decay=decay, mask=None if all_decay else is_matrix)
         case config.Muon(momentum=momentum, newton_schulz_steps=iterations):
+
+            def matrix_axes(params: Any) -> Any:
+                return map_kernels(lambda _, kernel: kernel and MuonDimensionNumbers(*kernel[:2]), params, kernels)
+
             update = optax.contrib.muon(
                 rate,
                 ns_steps=iterations,

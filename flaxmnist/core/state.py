@@ -9,7 +9,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int32, UInt8
 
-from flaxmnist.core.definition import Definition
+from flaxmnist.core.definition import Definition, Path
+from flaxmnist.core.kernels import Kernel, find_kernels
 
 
 class Batch(NamedTuple):
@@ -74,6 +75,11 @@ class TrainState:
     def weights(self) -> Any:
         """The weights for evaluation and prediction: the averaged ones if there are any."""
         return self.params if self.ema is None else self.ema
+
+    @property
+    def kernels(self) -> dict[Path, Kernel]:
+        """The kernels of the model whose layers are known."""
+        return find_kernels(self.definition.merge(self.params, self.buffers))
 
     @property
     def model(self) -> nnx.Module:

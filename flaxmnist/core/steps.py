@@ -3,24 +3,27 @@
 Nothing here compiles, shards, donates or prints. ``config`` is static, everything else is arrays.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt8
 
-from flaxmnist.config import MODELS, BaseOptimizer, Config, Flat, Objective
+from flaxmnist.config import BaseOptimizer, Config, Flat, Objective
 from flaxmnist.core import layers, models, objective, optim
 from flaxmnist.core.augment import augment
-from flaxmnist.core.definition import split
+from flaxmnist.core.definition import Path, split
+from flaxmnist.core.kernels import Kernel, find_kernels
 from flaxmnist.core.state import Batch, Gradient, Metrics, Totals, TrainState
 from flaxmnist.data.order import steps_per_epoch
-from flaxmnist.data.sets import Split
 from flaxmnist.errors import UserError
 
 # Every random number of a run is a function of (seed, stream, step), so that no key has to be carried or saved.
@@ -43,6 +46,12 @@ def stream_key(seed: int | Int[Array, ""], stream: str, step: int | Int[Array, "
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream)), step)
 
 
+@functools.lru_cache(maxsize=8)
+def state_shapes(config: Config, shape: tuple[int, ...], classes: int) -> TrainState:
+    """Return the shapes and dtypes of the state of ``create_state``."""
+    return jax.eval_shape(partial(create_state, config, shape, classes))
+
+
 def create_state(config: Config, shape: Sequence[int], classes: int) -> TrainState:
     """Return the state before the first step, for images of ``shape`` (height, width, channels)."""
     init = stream_key(config.seed, "init")
@@ -53,10 +62,20 @@ def create_state(config: Config, shape: Sequence[int], classes: int) -> TrainSta
         step=jnp.int32(0),
         params=params,
         buffers=buffers,
-        opt_state=make_optimizer(config).init(params),
+        opt_state=make_optimizer(config, find_kernels(module)).init(params),
         ema=None if config.train.ema_decay is None else jax.tree.map(jnp.copy, params),
         epoch=Totals(*jnp.zeros(3)),
     )
+
+
+def with_weights(state: TrainState, weights: Mapping[str, Array | np.ndarray]) -> TrainState:
+    """Return the initial ``state`` with ``weights``, parameters and buffers by dotted name, in place of its own."""
+
+    def choose(path: Any, leaf: Any) -> Any:
+        return weights.get(dotted(path), leaf)
+
+    params, buffers = (tree_map_with_path(choose, tree) for tree in (state.params, state.buffers))
+    return replace(state, params=params, buffers=buffers, ema=state.ema and jax.tree.map(jnp.copy, params))
 
 
 def number_of_updates(config: Config) -> int:
@@ -64,9 +83,27 @@ def number_of_updates(config: Config) -> int:
     return config.train.length // getattr(config.optimizer, "accumulate", 1)
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Return the optimizer for a run of the length in ``config``."""
-    return config.optimizer.make(number_of_updates(config))
+def make_optimizer(config: Config, kernels: dict[Path, Kernel]) -> optax.GradientTransformation:
+    """Return the optimizer of a model with these ``kernels`` for a run of the length in ``config``."""
+    optimizer, updates = config.optimizer, number_of_updates(config)
+    if isinstance(optimizer, BaseOptimizer):
+        return optim.make_optimizer(optimizer, updates, kernels)
+    return optimizer.make(updates)
+
+
+def unless_frozen(config: Config, tree: Any, frozen: Any) -> Any:
+    """Return ``tree``, nested dicts like the parameters, but for frozen parameters the arrays of ``frozen``."""
+    return tree_map_with_path(lambda path, a, b: b if is_frozen(config, dotted(path)) else a, tree, frozen)
+
+
+def is_frozen(config: Config, name: str) -> bool:
+    """Return True if ``train.frozen`` has the dotted ``name`` of a parameter, or the beginning of it."""
+    return any(f"{name}.".startswith(f"{prefix}.") for prefix in config.train.frozen)
+
+
+def dotted(path: Any) -> str:
+    """Return the path of an array in nested dicts as a name such as "convs.0.kernel"."""
+    return keystr(path, simple=True, separator=".")
 
 
 def sum_over_devices(tree: Any, axis_name: str | None) -> Any:
@@ -119,57 +156,6 @@ def forward(
     return logits, jax.tree.map(lambda new, old: new.astype(old.dtype), buffers, state.buffers)
 
 
-def check_model(config: Config, train: Split, classes: int, num_shards: int) -> None:
-    """Raise UserError if a model of the user's cannot be trained on batches of ``train`` in ``num_shards`` shards."""
-    if isinstance(config.model, MODELS):
-        return
-    state = jax.eval_shape(partial(create_state, config, train.images.shape[1:], classes))
-    images = jax.ShapeDtypeStruct((2, *train.images.shape[1:]), jnp.float32)
-    weights = jax.ShapeDtypeStruct((2,), jnp.float32)
-    logits, _ = jax.eval_shape(partial(forward, config), state, state.params, images, weights)
-    if logits.shape[1] != classes:
-        raise UserError(f"the model must return {classes} logits for each image, but returns {logits.shape[1]}")
-    uneven = config.train.batch_size % num_shards > 0
-    short = config.data.last_batch == "keep" and len(train.labels) % config.train.batch_size > 0
-    modules = [module for _, module in nnx.iter_modules(state.definition.merge(state.params, state.buffers))]
-    counts_padding = any(
-        isinstance(module, nnx.BatchNorm) and not isinstance(module, layers.BatchNorm) for module in modules
-    )
-    if counts_padding and (uneven or short):
-        raise UserError(
-            "nnx.BatchNorm would count the padding of incomplete batches: use flaxmnist.BatchNorm, or "
-            f"--data.last-batch drop with a train.batch_size divisible by {num_shards} devices"
-        )
-
-
-def check_step(config: Config, train: Split, classes: int, step: "Step", arrays: Any) -> None:
-    """Raise UserError if a ``step`` of the user's does not return a state like its argument, and scalar metrics."""
-    if step is train_step:
-        return
-    state = jax.eval_shape(partial(create_state, config, train.images.shape[1:], classes))
-    batch = jax.eval_shape(take_batch, *train, jax.ShapeDtypeStruct((config.train.batch_size,), jnp.int32))
-    output = jax.eval_shape(partial(step, config), state, batch, arrays)
-    if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Metrics)):
-        raise UserError("the step must return a pair of TrainState and Metrics, as flaxmnist.update does")
-    for path, message in differences(state, output[0]):
-        raise UserError(f"the step must return a state like its argument, but state{path} {message}")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(output[1]):
-        if leaf.shape:
-            name = jax.tree_util.keystr(path)
-            raise UserError(f"the step must return scalar metrics, but metrics{name} has shape {list(leaf.shape)}")
-
-
-def differences(expected: Any, found: Any) -> Iterator[tuple[str, str]]:
-    """Yield the path and a description of each array whose shape or dtype differs between two pytrees."""
-    old, new = (
-        {jax.tree_util.keystr(path): f"{leaf.dtype} {list(leaf.shape)}" for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (expected, found))
-    )
-    for path in sorted(old.keys() | new.keys()):
-        if old.get(path) != new.get(path):
-            yield path, f"is {old.get(path, 'absent')} before and {new.get(path, 'absent')} after"
-
-
 def gradient(
     config: Config,
     state: TrainState,
@@ -201,6 +187,7 @@ def gradient(
 
     gradients, (totals, extra, buffers) = jax.grad(loss, has_aux=True)(params)
     gradients, totals, extra = sum_over_devices((gradients, totals, extra), axis_name)
+    gradients = unless_frozen(config, gradients, jax.tree.map(jnp.zeros_like, gradients))
     return Gradient(gradients, totals, mean_over_devices(buffers, axis_name), extra)
 
 
@@ -217,11 +204,14 @@ def update(config: Config, state: TrainState, gradient: Gradient) -> tuple[Train
 
     Return also the metrics before the update. A step that is not finite may be left out, see ``train.skip_nonfinite``.
     """
-    norm, totals = optax.tree.norm(gradient.params), gradient.totals
+    totals, gradients = gradient.totals, gradient.params
+    gradients = unless_frozen(config, gradients, jax.tree.map(jnp.zeros_like, gradients))
+    norm = optax.tree.norm(gradients)
     extra = gradient.extra | learning_rate(config, state)
     unchanged = state = replace(state, step=state.step + 1)
-    updates, opt_state = make_optimizer(config).update(gradient.params, state.opt_state, state.params)
-    params, epoch = optax.apply_updates(state.params, updates), jax.tree.map(jnp.add, state.epoch, totals)
+    updates, opt_state = make_optimizer(config, state.kernels).update(gradients, state.opt_state, state.params)
+    params = unless_frozen(config, optax.apply_updates(state.params, updates), state.params)
+    epoch = jax.tree.map(jnp.add, state.epoch, totals)
     state = replace(state, params=params, buffers=gradient.buffers, opt_state=opt_state, epoch=epoch)
     if config.train.ema_decay is not None:
         # First the plain mean of all weights so far, until its 1/step falls below the moving average's 1 − decay.

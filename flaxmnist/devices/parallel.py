@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flaxmnist.core.kernels import map_kernels
+from flaxmnist.core.state import TrainState
 from flaxmnist.errors import UserError
 
 # The axes of a mesh: images of a batch and trials of a sweep are sharded over one, wide dense kernels over the other.
@@ -35,11 +37,13 @@ def make_mesh(devices: int | None = None, model_parallel: int = 1) -> Mesh:
     return jax.make_mesh(shape, (BATCH, MODEL), (auto, auto), devices=available[:count])
 
 
-def check_model(params: Any, mesh: Mesh) -> None:
+def check_model(state: TrainState, mesh: Mesh) -> None:
     """Raise UserError if MODEL has several devices, but no parameter can be sharded over it."""
     count = mesh.shape[MODEL]
-    if count > 1 and all(sharding == replicated(mesh) for sharding in jax.tree.leaves(state_shardings(params, mesh))):
-        shapes = ", ".join("×".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
+    if count > 1 and all(sharding == replicated(mesh) for sharding in jax.tree.leaves(state_shardings(state, mesh))):
+        kernels = map_kernels(lambda leaf, kernel: (leaf, kernel), state.params, state.kernels)
+        leaves = jax.tree.leaves(kernels, is_leaf=lambda node: isinstance(node, tuple))
+        shapes = ", ".join("×".join(map(str, leaf.shape)) for leaf, kernel in leaves if kernel and kernel.dense)
         raise UserError(
             f"--model-parallel {count} divides no dimension of a dense kernel ({shapes}): use a divisor of one of them"
         )
@@ -55,21 +59,20 @@ def sharded(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def state_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Return the sharding of each array of a state: dense kernels are split over MODEL, all others are replicated.
+def state_shardings(state: TrainState, mesh: Mesh) -> Any:
+    """Return the sharding of each array of a state: known dense kernels are split over MODEL, all others replicated.
 
-    A kernel [outputs, inputs] is split along its outputs or, if these are not divisible, along its inputs; then its
-    inputs are on the devices on which the previous layer computed them. Optimizer state is sharded as its parameters.
+    A kernel is split along its outputs or, if these are not divisible, along its inputs; then its inputs are on the
+    devices on which the previous layer computed them. Optimizer state is sharded as its parameters.
     """
     count = mesh.shape[MODEL]
 
-    def sharding(leaf):
-        divisible = [size % count == 0 for size in leaf.shape]
-        if count == 1 or leaf.ndim != 2 or not any(divisible):
-            return replicated(mesh)
-        return sharded(mesh, MODEL) if divisible[0] else sharded(mesh, None, MODEL)
+    def sharding(leaf, kernel):
+        axes = (*kernel.outputs, *kernel.inputs) if kernel is not None and kernel.dense else ()
+        axis = next((axis for axis in axes if leaf.shape[axis] % count == 0), None)
+        return replicated(mesh) if axis is None else sharded(mesh, *axis * (None,), MODEL)
 
-    return jax.tree.map(sharding, tree)
+    return map_kernels(sharding, state, {} if count == 1 else state.kernels)
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:

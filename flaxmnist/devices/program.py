@@ -60,7 +60,7 @@ def initial_state(config: Config, data: Dataset, mesh: Mesh) -> TrainState:
 
 def state_shapes(config: Config, data: Dataset, mesh: Mesh) -> TrainState:
     """Return the shapes, dtypes and shardings of a state."""
-    shapes = jax.eval_shape(partial(steps.create_state, config, data.train.images.shape[1:], data.classes))
+    shapes = steps.state_shapes(config, data.train.images.shape[1:], data.classes)
     shardings = parallel.state_shardings(shapes, mesh)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
@@ -282,7 +282,7 @@ class StepCost(NamedTuple):
 
 def step_cost(config: Config, data: Dataset) -> StepCost:
     """Return XLA's cost estimate for one step of ``config``, whose length must be in steps."""
-    state = jax.eval_shape(partial(steps.create_state, config, data.train.images.shape[1:], data.classes))
+    state = steps.state_shapes(config, data.train.images.shape[1:], data.classes)
     indices = jax.ShapeDtypeStruct((config.train.batch_size,), np.int32)
     batch = jax.eval_shape(steps.take_batch, *data.train, indices)
     lowered = jax.jit(partial(steps.train_step, config), donate_argnums=0).lower(state, batch)

@@ -5,7 +5,6 @@ import json
 import math
 import shlex
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -29,7 +28,7 @@ from flaxmnist.sweeps.statistics import summarise
 def describe_experiment(config: Config, data: Dataset) -> str:
     """Return the resolved config, the parameters, the operations per step, and the memory that training needs."""
     config = order.resolve_length(config, len(data.train.labels))
-    state = jax.eval_shape(partial(steps.create_state, config, data.train.images.shape[1:], data.classes))
+    state = steps.state_shapes(config, data.train.images.shape[1:], data.classes)
     cost = program.step_cost(config, data)
     state_size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     data_size = data.train.images.nbytes + data.train.labels.nbytes

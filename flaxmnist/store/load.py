@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +74,7 @@ def load_checkpoint(workdir: str | Path, which: str = "latest", config: Config |
         raise UserError(f"{folder} has no intact checkpoint: continue training with --resume")
     # On one device, whatever devices it was saved from.
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(partial(steps.create_state, run.config, run.data.shape, run.data.classes))
+    shapes = steps.state_shapes(run.config, run.data.shape, run.data.classes)
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
     return Trained(run.config, restore(folder / "checkpoints", saved.step, like), run.data)
 

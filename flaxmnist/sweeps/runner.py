@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 
 from flaxmnist.config import Config
 from flaxmnist.console import Progress, logger
-from flaxmnist.core import steps
+from flaxmnist.core import checks
 from flaxmnist.core.steps import Step, train_step
-from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset
 from flaxmnist.devices import parallel
 from flaxmnist.devices.program import MakeArrays, TrialProgram, put_split, step_arrays
 from flaxmnist.errors import UserError
+from flaxmnist.store.initial import load_initial
 from flaxmnist.store.provenance import DataInfo, DeviceInfo, StepInfo, versions
 from flaxmnist.sweeps.folder import SweepFolder, open_sweep_folder
 from flaxmnist.sweeps.plan import Experiment, Group, group_trials, plan_trials
@@ -71,10 +71,10 @@ def run_sweep(
     if len(set(names)) < len(names):
         raise UserError(f"experiments of a sweep need different names, but these are {', '.join(names)}: rename one")
     mesh, trials = parallel.make_mesh(devices), plan_trials(experiments, seeds, settings, share_order)
-    for config, data, step, arrays in experiments:
-        config = order.resolve_length(config, len(data.train.labels))
-        steps.check_model(config, data.train, data.classes, 1)
-        steps.check_step(config, data.train, data.classes, step, step_arrays(arrays, config, data))
+    for trial in {(trial.config.name, trial.config.train): trial for trial in trials}.values():
+        arrays = step_arrays(trial.arrays, trial.config, trial.data)
+        checks.check(trial.config, trial.data, trial.step, arrays, num_shards=1)
+        load_initial(trial.config, trial.data)
     info = SweepInfo(
         experiments=tuple(experiment.config for experiment in experiments),
         steps={config.name: info for config, _, step, _ in experiments if (info := StepInfo.of(step))} or None,

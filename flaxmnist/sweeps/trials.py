@@ -4,7 +4,6 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ from flaxmnist.errors import Stopped
 from flaxmnist.loop.advance import Pace, advance
 from flaxmnist.loop.conditions import is_due, may_skip, next_due
 from flaxmnist.loop.log import means
+from flaxmnist.store.initial import load_initial
 from flaxmnist.store.records import to_json_value
 from flaxmnist.store.result import params_sha256
 from flaxmnist.sweeps.plan import Trial
@@ -48,6 +48,10 @@ class Trials:
         values = [[trial.fields[name] for name in names] for trial in padded]
         self.values = np.array(values, np.float32).reshape(program.size, len(names))
         self.state = program.create(self.seeds, self.values)
+        weights = load_initial(trials[0].config, trials[0].data)
+        if weights:
+            stacked = {name: np.stack([array] * program.size) for name, array in weights.items()}
+            self.state = jax.device_put(steps.with_weights(self.state, stacked), program.trial_sharding)
         self.arrays = program.arrays(self.configs, trials[0].data)
         self.curves: list[list[Point]] = [[] for _ in trials]
         self.validation: list[dict[str, float] | None] = [None for _ in trials]  # scores of the last evaluation
@@ -120,7 +124,7 @@ class Trials:
         """Return the weights and buffers of a trial by dotted name, without the values of swept fields."""
         trial, state = self.trials[row], self.trial_state(row)
         shape, classes = trial.data.train.images.shape[1:], trial.data.classes
-        alone = jax.eval_shape(partial(steps.create_state, trial.config, shape, classes))
+        alone = steps.state_shapes(trial.config, shape, classes)
         buffers = fields.flatten(state.buffers)
         return fields.flatten(state.weights) | {name: buffers[name] for name in fields.flatten(alone.buffers)}
 

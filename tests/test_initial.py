@@ -1,0 +1,123 @@
+"""Training that starts from the weights of another run, and parameters that are not trained."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_same, fit_on_one, main, small, user_error
+
+import flaxmnist as fm
+from flaxmnist.config import Adam, Muon
+from flaxmnist.core import steps
+from flaxmnist.data import order
+from flaxmnist.data.sets import Split
+
+
+@pytest.fixture(scope="module")
+def teacher(few, tmp_path_factory):
+    """The folder of a trained CNN with averaged weights."""
+    folder = tmp_path_factory.mktemp("teacher")
+    fit_on_one(small("cnn", steps=10, ema_decay=0.9), few, folder)
+    return folder
+
+
+def first_loss(run) -> float:
+    return next(record["loss"] for record in run.history if record["split"] == "train")
+
+
+def with_classes(data, classes):
+    """Return ``data`` without the images of the last classes."""
+    splits = {name: Split(*(a[split.labels < classes] for a in split)) for name, split in data.splits().items()}
+    return replace(data, classes=classes, **splits)
+
+
+def test_training_starts_from_the_averaged_weights_of_a_run(teacher, few, tmp_path):
+    config = small("cnn", steps=5, start_from=str(teacher), ema_decay=0.5)
+    run = fit_on_one(config, few, tmp_path / "run")
+    state = fm.load_run(teacher).state
+    rows = order.batch_indices(config, 70, 0, 1)[0]
+    assert first_loss(run) == pytest.approx(fm.evaluate(state.model, *(a[rows] for a in few.train)).loss, rel=1e-5)
+    assert json.loads((tmp_path / "run/config.json").read_text())["config"]["train"]["start_from"] == str(teacher)
+    same = fit_on_one(replace(config, train=replace(config.train, start_from=None)), few, initial=state.model)
+    assert_same(same.state, run.state)
+
+
+def test_a_resumed_run_does_not_need_the_other_run(teacher, few, fit_until, tmp_path):
+    config = small("cnn", steps=12, evaluate_every=1, checkpoint_every=5, start_from=str(tmp_path / "teacher"))
+    teacher.rename(tmp_path / "teacher")
+    full = fit_on_one(config, few)
+    fit_until(7, config, few, tmp_path / "run")
+    (tmp_path / "teacher").rename(teacher)
+    assert_same(fit_on_one(config, few, tmp_path / "run", resume=True).state, full.state)
+
+
+def test_a_sweep_starts_from_a_run(teacher, few):
+    config = small("cnn", steps=5, start_from=str(teacher))
+    sweep = fm.sweep(config, few, seeds=2, devices=1)
+    runs = [fit_on_one(replace(config, seed=seed), few) for seed in range(2)]
+    assert [trial.params_sha256 for trial in sweep.members] == [run.result.params_sha256 for run in runs]
+
+
+@pytest.mark.parametrize("optimizer", [Adam(weight_decay=0.1), Muon()], ids=["AdamW", "Muon"])
+def test_frozen_parameters_do_not_change(optimizer, few):
+    config = small("cnn", optimizer=optimizer, steps=5, frozen=("convs", "dense.bias"), ema_decay=0.9)
+    run, before = fit_on_one(config, few), steps.create_state(config, (28, 28, 1), 10)
+    for weights in (run.state.params, run.state.ema):
+        assert_same(weights["convs"], before.params["convs"])
+        assert_same(weights["dense"]["bias"], before.params["dense"]["bias"])
+        assert not np.array_equal(weights["dense"]["kernel"], before.params["dense"]["kernel"])
+    batch = steps.take_batch(*map(jnp.asarray, few.train), jnp.arange(16, dtype=jnp.int32))
+    gradient = fm.gradient(run.config, before, before.params, batch)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient.params["convs"]))
+
+
+def test_a_head_for_other_classes_is_drawn_anew(teacher, few, caplog):
+    caplog.set_level("INFO", logger="flaxmnist")
+    config = small("cnn", steps=5, start_from=str(teacher), frozen=("convs", "dense"))
+    run = fit_on_one(config, with_classes(few, 7))
+    taught = fm.load_run(teacher).state.weights
+    assert_same(run.state.params["dense"], taught["dense"])
+    assert run.state.params["logits"]["bias"].shape == (7,)
+    assert "another number of classes: logits.kernel keeps its initial values" in caplog.text
+
+
+def test_launch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--data.name", "digits", "--train.steps", "3", "--devices", "1"]
+    assert main("train")(["speedrun", "--workdir", "a", *options]) == 0
+    options += ["--train.start-from", "a", "--train.frozen", "convs.0"]
+    assert main("train")(["speedrun", "--workdir", "b", *options]) == 0
+    a, b = (fm.load_run(folder).state.weights["convs"] for folder in "ab")
+    np.testing.assert_array_equal(a[0]["kernel"], b[0]["kernel"])
+    assert not np.array_equal(a[1]["kernel"], b[1]["kernel"])
+
+
+# --- Mistakes -------------------------------------------------------------------------------------------------------
+
+
+def test_weights_must_fit(teacher, few, tmp_path):
+    config = small("cnn", start_from=str(teacher))
+    colours = {name: Split(np.repeat(s.images, 3, 3), s.labels) for name, s in few.splits().items()}
+    wrong = {
+        "the weights dense.bias of train.start_from": (replace(config, model=replace(config.model, dense=8)), few, {}),
+        "convs.0.kernel of train.start_from": (config, replace(few, **colours), {}),
+        "is not a run folder": (small("cnn", start_from=str(tmp_path / "none")), few, {}),
+        "unknown weights convs.0.bias": (small("softmax", start_from=str(teacher)), few, {}),
+        "pass only one": (config, few, {"initial": fm.load_run(teacher).model}),
+        "initial has unknown weights convs.0.bias": (small("softmax"), few, {"initial": fm.load_run(teacher).model}),
+    }
+    for message, (wrong_config, data, options) in wrong.items():
+        with user_error(message):
+            fit_on_one(wrong_config, data, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_frozen_names_must_fit(few, tmp_path):
+    with user_error("train.frozen conv fits no parameter: use the beginning of convs.0.bias, convs.0.kernel"):
+        fit_on_one(small("cnn", frozen=("conv",)), few, tmp_path / "run")
+    with user_error("train.frozen contains all parameters"):
+        fm.sweep(small("cnn", frozen=("convs", "dense", "logits")), few, seeds=1)
+    assert not (tmp_path / "run").exists()
