@@ -19,7 +19,8 @@ from flaxmnist.devices.evaluation import Evaluation, evaluate, predict
 from flaxmnist.experiment import load_experiment
 from flaxmnist.runs import fit
 from flaxmnist.show import plots
-from flaxmnist.store.load import Run, load_run
+from flaxmnist.show.reports import write as write_report
+from flaxmnist.store.load import Run, evaluate_run, load_run
 from flaxmnist.sweeps.results import Sweep
 from flaxmnist.sweeps.runner import sweep
 
@@ -42,6 +43,7 @@ __all__ = [
     "augmented_images",
     "create_state",
     "evaluate",
+    "evaluate_run",
     "fit",
     "forward",
     "gradient",
@@ -56,4 +58,5 @@ __all__ = [
     "train_step",
     "train_steps",
     "update",
+    "write_report",
 ]

@@ -321,11 +321,17 @@ class Augment:
     elastic: Annotated[float, In(0, 14)] = 0.0  # RMS of a smooth random displacement, in pixels (Simard et al. 2003)
 
 
+DataName = Literal[
+    "mnist", "fashion_mnist", "kmnist", "emnist/balanced", "emnist/byclass", "emnist/bymerge", "emnist/digits",
+    "emnist/letters", "emnist/mnist", "digits", "idx", "npz", "arrays",
+]  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The data set and the order of its images."""
 
-    name: Literal["mnist", "fashion_mnist", "kmnist", "digits", "idx"] = "mnist"  # idx: IDX files in --data-dir
+    name: DataName = "mnist"  # idx, npz: files in --data-dir; arrays: in memory, for fit
     validation: Natural | None = None  # first images of the training file held out; None: 5,000, at most an eighth
     order: Literal["shuffled", "file"] = "shuffled"  # shuffled again each epoch, or as in the file
     order_seed: Natural | None = None  # seed of the shuffling; None: the run's seed

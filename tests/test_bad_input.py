@@ -23,6 +23,7 @@ from PIL import Image
 import flaxmnist as fm
 from flaxmnist import fields, runs
 from flaxmnist.config import Adam, Augment, CNNConfig, Config, Cosine, Data, MLPConfig, Muon, OneCycle
+from flaxmnist.core import steps
 from flaxmnist.data.idx import read_idx
 from flaxmnist.data.photos import read_digit
 from flaxmnist.devices import parallel
@@ -108,7 +109,7 @@ def test_configs(count, digits):
 
     def check(tree):
         config = fields.from_json(tree, Config)
-        runs.check(runs.order.resolve_length(config, 1257), digits, mesh, "jit")
+        runs.check(runs.order.resolve_length(config, 1257), digits, steps.train_step, None, mesh, "jit")
 
     try_all(count, st.sampled_from(CONFIGS).flatmap(changed), check)
 

@@ -23,7 +23,7 @@ config = Config(
     name="changed",
     model=ResidualConfig(width=16),
     optimizer=RMSProp(schedule=Linear()),
-    data=Data(name="npz"),
+    data=Data(name="csv"),
     train=Train(batch_size=20, steps=5),
 )
 run = fm.fit(config, fm.load_data(config.data, "."), "run")
@@ -65,8 +65,8 @@ def test_all_changes_apply_and_train(checkout, digits):
     assert len(PATCHES) == 5
     for patch in PATCHES:
         apply(patch, checkout)
-    splits = {"train": digits.train, "test": digits.test}
-    arrays = {f"{name}_{kind}": array[:100] for name in splits for kind, array in splits[name]._asdict().items()}
-    np.savez(checkout / "data.npz", **arrays)
+    for name, (images, labels) in (("train", digits.train), ("test", digits.test)):
+        rows = np.column_stack([labels[:100], images[:100].reshape(100, -1)])
+        np.savetxt(checkout / f"{name}.csv", rows, fmt="%d", delimiter=",")
     environment = os.environ | {"PYTHONPATH": str(checkout), "JAX_NUM_CPU_DEVICES": "1"}
     subprocess.run([sys.executable, "-c", CHANGED], cwd=checkout, env=environment, check=True)

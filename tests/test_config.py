@@ -165,7 +165,7 @@ def test_every_number_lies_within_its_bounds():
     for experiment in KINDS:
         values |= fields.flatten(fields.to_json(experiment))
     numbers = {name for name, value in values.items() if not isinstance(value, str | bool)}
-    assert numbers - checked == {"train.epochs"}
+    assert numbers - checked == {"train.epochs", "train.start_from", "train.frozen"}
 
 
 def test_epochs_have_the_bounds_of_steps():

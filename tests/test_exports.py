@@ -189,7 +189,7 @@ PROGRAM = {
         lambda path: rewrite(path, three_classes()),
         r"must return 10 float32 logits per image, not float32 \[360, 3\]",
     ),
-    "other classes": (lambda path: change_metadata(path, "data/classes", 9), "was trained on"),
+    "other classes": (lambda path: change_metadata(path, "data/classes", 9), "must have 9 names, but has 10"),
 }
 
 

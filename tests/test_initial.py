@@ -31,7 +31,7 @@ def first_loss(run) -> float:
 def with_classes(data, classes):
     """Return ``data`` without the images of the last classes."""
     splits = {name: Split(*(a[split.labels < classes] for a in split)) for name, split in data.splits().items()}
-    return replace(data, classes=classes, **splits)
+    return replace(data, class_names=data.class_names[:classes], **splits)
 
 
 def test_training_starts_from_the_averaged_weights_of_a_run(teacher, few, tmp_path):

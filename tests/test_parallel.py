@@ -144,7 +144,7 @@ def test_an_invalid_combination_is_an_error(name, few):
 
 
 def test_a_model_that_cannot_be_sharded_is_an_error(few):
-    data = replace(few, classes=7)
+    data = replace(few, class_names=few.class_names[:7])
     with pytest.raises(UserError, match=r"divides no dimension of a dense kernel \(9×784, 7×9\)"):
         fm.fit(small(MLPConfig(hidden=(9,)), batch_size=5), data, devices=5, model_parallel=5)
 

@@ -1,9 +1,11 @@
 """The trials of a sweep, and which of them share a program."""
 
+import numpy as np
 import pytest
 from conftest import small
 
 import flaxmnist as fm
+from flaxmnist.config import SGD, Cosine
 from flaxmnist.errors import UserError
 from flaxmnist.sweeps.plan import Experiment, group_trials, plan_trials
 
@@ -44,6 +46,12 @@ def test_trials_of_a_group_share_a_program(model, share_order, exact, groups, fe
     [
         ({"optimizer.lerning_rate": [1]}, "there is no field optimizer.lerning_rate: SGD has no 'lerning_rate'"),
         ({"model.hidden.size": [1]}, "there is no field model.hidden.size"),
+        (
+            {"optimizer.learning_rate": [np.ones(2)]},
+            "learning_rate must be numbers, words, None or tuples of them, not",
+        ),
+        ({"optimizer": [SGD()]}, "the values of optimizer must be numbers, words, None or tuples of them, not SGD"),
+        ({"train.steps": [2]}, "optimizer.schedule.warmup_steps is 3, but the run has only 2 updates"),
         ({"model.dropout": [2.0]}, r"model.dropout must lie in \[0, 1\)"),
         ({"train.patience": [3]}, "cannot stop early|train.patience"),
         ({"train.batch_size": []}, "there is nothing to train"),
@@ -52,8 +60,9 @@ def test_trials_of_a_group_share_a_program(model, share_order, exact, groups, fe
     ],
 )
 def test_invalid_sweeps(over, message, few):
+    config = small("mlp", optimizer=SGD(schedule=Cosine(warmup_steps=3)))
     with pytest.raises(UserError, match=message):
-        fm.sweep(small("mlp"), few, seeds=1, over=over, devices=1)
+        fm.sweep(config, few, seeds=1, over=over, devices=1)
 
 
 def test_too_large_a_sweep_is_refused_before_it_fills_memory(few):

@@ -219,7 +219,7 @@ WRONG = {
     "data": lambda: order.steps_per_epoch(small(), "70"),
     "devices": lambda: evaluation.score_logits(np.zeros(3), np.zeros(3, np.int32)),
     "store": lambda: tensorboard.enlarge(np.zeros((2, 2, 3)), 2),
-    "show": lambda: text.show_prediction("a.png", np.zeros((2, 2), np.uint8), np.zeros(10)),
+    "show": lambda: text.show_prediction("a.png", np.zeros((2, 2), np.uint8), np.zeros(10), "0123456789"),
 }
 
 

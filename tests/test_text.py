@@ -155,7 +155,7 @@ def test_the_class_report_ends_with_the_confusion_matrix(scores):
 def test_image_is_shown_next_to_its_prediction():
     image = np.zeros((28, 28, 1), np.uint8)
     image[4:6, 10], image[7, 3] = 255, 128
-    lines = text.show_prediction("a.png", image, np.array([0.25, 0.75, *[0.0] * 8])).splitlines()
+    lines = text.show_prediction("a.png", image, np.array([0.25, 0.75, *[0.0] * 8]), list("0123456789")).splitlines()
     assert len(lines) == 14
     assert lines[2][11] == "█" and lines[3][4] == "░", "two rows of pixels per line"
     assert {line[1:29] for line in lines} - {lines[2][1:29], lines[3][1:29]} == {" " * 28}
@@ -166,7 +166,9 @@ def test_image_is_shown_next_to_its_prediction():
 def test_only_the_ten_most_probable_classes_are_shown():
     probabilities = np.full(26, 0.001)
     probabilities[16:] = 0.1
-    shown = text.show_prediction("a.png", np.zeros((28, 28, 1), np.uint8), probabilities)
+    shown = text.show_prediction(
+        "a.png", np.zeros((28, 28, 1), np.uint8), probabilities, list(map(str, range(len(probabilities))))
+    )
     assert re.findall(r"│  (\d+)  0\.1000", shown) == [str(label) for label in range(16, 26)]
 
 
@@ -205,7 +207,7 @@ def test_a_single_seed_has_no_spread(few):
 
 def test_the_ensemble_is_compared_with_its_members():
     def scores(accuracy, error):
-        return Evaluation({"accuracy": accuracy, "calibration_error": error}, 45, np.zeros((10, 10), int))
+        return Evaluation({"accuracy": accuracy, "calibration_error": error}, 45, np.zeros((10, 10), int), ())
 
     members = [scores(0.8, 0.05), scores(0.9, 0.15)]
     lines = text.ensemble_report(Ensemble("small", members, scores(0.95, 0.025))).splitlines()

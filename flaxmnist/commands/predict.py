@@ -30,11 +30,12 @@ def predict(arguments: Arguments) -> None:
     predictions = predict_files(arguments.workdir, arguments.images, arguments.step, config)
     if arguments.plot is not None:
         canvas.save(plots.predictions(predictions), arguments.plot)
-    for file, image, predicted, probabilities in predictions:
+    for file, image, predicted, probabilities, names in predictions:
         if arguments.json:
-            print(json.dumps({"file": str(file), "class": predicted, "probabilities": probabilities.tolist()}))
+            values = {"file": str(file), "class": predicted, "name": names[predicted]}
+            print(json.dumps(values | {"probabilities": probabilities.tolist()}))
         else:
-            print(text.show_prediction(str(file), image, probabilities), end="\n\n")
+            print(text.show_prediction(str(file), image, probabilities, names), end="\n\n")
 
 
 def main(argv: list[str]) -> int:

@@ -59,7 +59,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     # --train.steps replaces the experiment's train.epochs, and vice versa.
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
         if any(argument.split("=")[0] == f"--train.{given}" for argument in argv):
-            config = replace(config, train=replace(config.train, **{given: 1, other: None}))
+            config = replace(config, train=replace(config.train, **{given: 2**31 - 1, other: None}))
     default = Arguments(find_experiment(argv[0]), functions, config)
     options = {"config": (tyro.conf.AvoidSubcommands,), "prog": f"{command('train')} {argv[0]}"}
     with help_with_bounds():

@@ -14,6 +14,7 @@ from optax.contrib import MuonDimensionNumbers
 from flaxmnist import config, fields
 from flaxmnist.core.definition import Path
 from flaxmnist.core.kernels import Kernel, map_kernels
+from flaxmnist.errors import UserError
 
 # Root mean square of a Muon update at rate 1 for any matrix shape: about that of Adam, so that the same rates suit both
 # (Liu et al. 2025, "Muon is scalable for LLM training").
@@ -26,6 +27,9 @@ def make_schedule(schedule: config.BuiltInSchedule, rate: ArrayLike, updates: in
         case config.Flat():
             return optax.constant_schedule(rate)
         case config.Cosine(warmup_steps=warmup, end=end):
+            if warmup > updates:
+                limit = f"is {warmup}, but the run has only {updates} updates"
+                raise UserError(f"optimizer.schedule.warmup_steps {limit}: use a shorter warm-up or a longer run")
             decay = optax.cosine_decay_schedule(rate, max(1, updates - warmup), alpha=end)
             return optax.join_schedules([optax.linear_schedule(0, rate, warmup), decay], [warmup]) if warmup else decay
         case config.OneCycle(peak=peak, start_divisor=start, end_divisor=end):

@@ -11,7 +11,7 @@ of a shadow. Lined paper is not plain, nor is paper with the table around it.
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,25 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     if not images:
         raise UserError("no images were passed: pass an image of a digit, or a folder of images")
     return images
+
+
+def read_image(path: str | Path, shape: Sequence[int]) -> UInt8[np.ndarray, "h w c"]:
+    """Return an image file as an image of ``shape`` (height, width, channels).
+
+    With one channel it is a digit in MNIST form, resized if it is not 28×28; with three, the whole picture in colour.
+    Raise UserError as ``read_digit`` does, or for another number of channels.
+    """
+    from PIL import Image
+
+    height, width, channels = shape
+    if channels not in (1, 3):
+        raise UserError(f"image files have 1 or 3 channels, but the model needs {channels}: pass arrays to its model")
+    image = read_digit(path)[:, :, 0] if channels == 1 else decode(Path(path))
+    if channels == 3 and image.shape[2] == 1:
+        image = image.repeat(3, axis=2)
+    if image.shape[:2] != (height, width):
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    return image.reshape(height, width, channels)
 
 
 def read_digit(path: str | Path) -> UInt8[np.ndarray, "28 28 1"]:

@@ -25,6 +25,7 @@ class Evaluation:
     scores: dict[str, float]  # of each of core.metrics.METRICS
     count: int  # images
     confusion: Int[np.ndarray, "classes classes"]  # images by true class (row) and prediction (column)
+    class_names: tuple[str, ...]
 
     @property
     def loss(self) -> float:
@@ -77,14 +78,18 @@ def predict(model: nnx.Module, images: Images) -> tuple[Int[np.ndarray, " n"], F
     return logits.argmax(axis=1), np.exp(log_softmax(logits))
 
 
-def evaluate(model: nnx.Module, images: Images, labels: Int32[np.ndarray, " n"]) -> Evaluation:
+def evaluate(
+    model: nnx.Module, images: Images, labels: Int32[np.ndarray, " n"], class_names: tuple[str, ...] = ()
+) -> Evaluation:
     """Return the metrics and the confusion matrix over exactly these images."""
-    return score_logits(predict_logits(model, images), np.asarray(labels))
+    return score_logits(predict_logits(model, images), np.asarray(labels), class_names)
 
 
-def score_logits(logits: Float[np.ndarray, "n classes"], labels: Int32[np.ndarray, " n"]) -> Evaluation:
-    """Return the scores of ``logits`` against ``labels``."""
+def score_logits(
+    logits: Float[np.ndarray, "n classes"], labels: Int32[np.ndarray, " n"], class_names: tuple[str, ...] = ()
+) -> Evaluation:
+    """Return the scores of ``logits`` against ``labels``. Classes without names are numbered."""
     confusion = np.zeros((logits.shape[1], logits.shape[1]), np.int64)
     np.add.at(confusion, (labels, logits.argmax(axis=1)), 1)
     scores = {name: metric.score(logits, labels) for name, metric in METRICS.items()}
-    return Evaluation(scores, len(labels), confusion)
+    return Evaluation(scores, len(labels), confusion, class_names or tuple(map(str, range(len(confusion)))))

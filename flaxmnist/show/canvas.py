@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Num
 
+from flaxmnist.core.pictures import visible
 from flaxmnist.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,11 +98,11 @@ def tile_axes(count: int, columns: int, width: float, height: float | None = Non
     return fig, tiles[:count]
 
 
-def captioned(images: Iterable[Num[np.ndarray, "h w 1"]], captions: Sequence[str]) -> "Figure":
+def captioned(images: Iterable[Num[np.ndarray, "h w c"]], captions: Sequence[str]) -> "Figure":
     """Return a figure with the images in rows of six, each below its caption of two lines."""
     fig, tiles = tile_axes(len(captions), min(len(captions), 6), 1.6, 1.9)
     for image, caption, axes in zip(images, captions, tiles, strict=True):
-        axes.imshow(image[:, :, 0], cmap=IMAGE_CMAP)
+        axes.imshow(visible(image), cmap=IMAGE_CMAP)
         axes.set_title(caption, fontsize=8)
     return fig
 

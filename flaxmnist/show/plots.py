@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Num
 
 from flaxmnist.core import metrics, models
 from flaxmnist.core.layers import Images
-from flaxmnist.core.pictures import MAX_TILES, class_fractions, sheet
+from flaxmnist.core.pictures import MAX_TILES, class_fractions, sheet, visible
 from flaxmnist.errors import UserError
 from flaxmnist.show.canvas import (
     COLOURS,
@@ -43,24 +43,42 @@ NOT_EXTRA = {"step", "epoch", "split", "loss", "accuracy"}
 # --- Data -----------------------------------------------------------------------------------------------------------
 
 
-def examples(images: Images, labels: Int[np.ndarray, " n"], per_class: int = 12) -> "Figure":
+def examples(
+    images: Images, labels: Int[np.ndarray, " n"], per_class: int = 12, names: Sequence[str] | None = None
+) -> "Figure":
     """Draw the first ``per_class`` images of each class, one row per class."""
-    classes, (height, width) = int(labels.max()) + 1, images.shape[1:3]
-    rows = np.zeros((classes, per_class, height, width))
+    names = class_names(int(labels.max()) + 1, names)
+    drawn = visible(np.asarray(images))
+    rows = np.zeros((len(names), per_class, *drawn.shape[1:]), drawn.dtype)
     for label, row in enumerate(rows):
-        chosen = np.asarray(images[labels == label][:per_class, :, :, 0])
+        chosen = drawn[labels == label][:per_class]
         row[: len(chosen)] = chosen
-    fig, axes = plot(0.55 * per_class + 0.6, 0.55 * classes + 0.4, ylabel="class", xticks=[])
-    axes.imshow(sheet(rows.reshape(-1, height, width), per_class), cmap=IMAGE_CMAP)
-    axes.set_yticks((height + 1) * (np.arange(classes) + 0.5) - 1, [str(label) for label in range(classes)])
+    fig, axes = plot(0.55 * per_class + 0.6, 0.55 * len(names) + 0.4, ylabel="class", xticks=[])
+    tiles = sheet(rows.reshape(-1, *drawn.shape[1:]), per_class)
+    axes.imshow(in_colour(tiles, drawn.dtype), cmap=IMAGE_CMAP)
+    axes.set_yticks((drawn.shape[1] + 1) * (np.arange(len(names)) + 0.5) - 1, names)
     return fig
 
 
-def digit(image: Num[np.ndarray, "h w 1"], label: int | None = None) -> "Figure":
-    """Draw one image, with a colour bar of its pixel values."""
+def in_colour(tiles: Float[np.ndarray, "h w *c"], dtype: np.dtype) -> Float[np.ndarray, "h w *c"]:
+    """Return tiles of images of ``dtype`` as matplotlib draws them: colours in [0, 1], white between them."""
+    if tiles.ndim == 2:
+        return tiles
+    return np.nan_to_num(tiles / (255 if dtype == np.uint8 else 1), nan=1.0)
+
+
+def class_names(count: int, names: Sequence[str] | None) -> list[str]:
+    """Return the names of ``count`` classes as labels of a plot; their numbers if there are none."""
+    return [shorten(name, 16) for name in names] if names else list(map(str, range(count)))
+
+
+def digit(image: Num[np.ndarray, "h w c"], label: int | str | None = None) -> "Figure":
+    """Draw one image, with a colour bar of its pixel values unless it has colours."""
     title = "" if label is None else f"label {label}"
     fig, axes = plot(5, 4.2, xlabel="column (pixels)", ylabel="row (pixels)", title=title)
-    fig.colorbar(axes.imshow(image[:, :, 0], cmap=IMAGE_CMAP), label="pixel value")
+    drawn = axes.imshow(visible(image), cmap=IMAGE_CMAP)
+    if image.shape[2] != 3:
+        fig.colorbar(drawn, label="pixel value")
     return fig
 
 
@@ -73,8 +91,8 @@ def values(images: Images) -> "Figure":
     else:
         counts, edges = np.histogram(pixels, 256)
     axes.stairs(counts / len(pixels), edges, fill=True, color=COLOURS[0])
-    count, height, width, _ = images.shape
-    title = f"{count:,} images of {height}×{width} pixels, {images.dtype}: "
+    count, *shape = images.shape
+    title = f"{count:,} images of {'×'.join(map(str, shape[: 2 if shape[2] == 1 else 3]))} pixels, {images.dtype}: "
     title += f"{pixels.min():.3g} to {pixels.max():.3g}, mean {pixels.mean():.3g}"
     axes.set_title(title, fontsize=10)
     return fig
@@ -201,7 +219,7 @@ def accuracies(runs: Mapping[str, Run]) -> "Figure":
 # --- Models ---------------------------------------------------------------------------------------------------------
 
 
-def weights(model: nnx.Module, shape: Sequence[int] = (28, 28, 1)) -> "Figure":
+def weights(model: nnx.Module, shape: Sequence[int] = (28, 28, 1), names: Sequence[str] | None = None) -> "Figure":
     """Draw the weights of the first layer: the filters of a CNN, or the first units of an MLP.
 
     Softmax regression has one image per class: blue is evidence for the class, red is evidence against it. Raise
@@ -215,9 +233,10 @@ def weights(model: nnx.Module, shape: Sequence[int] = (28, 28, 1)) -> "Figure":
     if isinstance(model, models.Softmax):
         fig, tiles = tile_axes(len(kernels), min(len(kernels), 5), 1.3)
         fig.suptitle("evidence for (blue) and against (red) each class", fontsize=10)
-        for label, axes in enumerate(tiles):
-            axes.imshow(kernels[label], **style)
-            axes.set_title(str(label))
+        labels = class_names(len(kernels), names) if len(kernels) == len(names or kernels) else [""] * len(kernels)
+        for kernel, label, axes in zip(kernels, labels, tiles, strict=True):
+            axes.imshow(kernel, **style)
+            axes.set_title(label)
     else:
         count = len(kernels[:MAX_TILES])
         columns = 8 if count <= 32 else 16
@@ -228,7 +247,7 @@ def weights(model: nnx.Module, shape: Sequence[int] = (28, 28, 1)) -> "Figure":
     return fig
 
 
-def feature_maps(model: nnx.Module, image: Num[np.ndarray, "h w 1"]) -> "Figure":
+def feature_maps(model: nnx.Module, image: Num[np.ndarray, "h w c"]) -> "Figure":
     """Draw the feature maps of each convolution of a CNN for ``image``, after pooling and ReLU.
 
     Raise UserError for other models.
@@ -239,7 +258,7 @@ def feature_maps(model: nnx.Module, image: Num[np.ndarray, "h w 1"]) -> "Figure"
     heights = [1.2, *(0.5 * -(-len(maps[:MAX_TILES]) // 16) + 0.3 for maps in layers)]
     fig = figure(8, sum(heights))
     image_axes, *layer_axes = fig.subplots(1 + len(layers), height_ratios=heights)
-    image_axes.imshow(image[:, :, 0], cmap=IMAGE_CMAP)
+    image_axes.imshow(visible(image), cmap=IMAGE_CMAP)
     image_axes.set_axis_off()
     for number, (axes, maps) in enumerate(zip(layer_axes, layers, strict=True), start=1):
         tiles = draw_tiles(axes, maps, 16, "features", f"convolution {number}: ", cmap="Blues", vmin=0)
@@ -261,13 +280,16 @@ def draw_tiles(
 # --- Predictions ----------------------------------------------------------------------------------------------------
 
 
-def confusion(counts: Int[np.ndarray, "classes classes"]) -> "Figure":
+def confusion(counts: Int[np.ndarray, "classes classes"], names: Sequence[str] | None = None) -> "Figure":
     """Draw a confusion matrix: the number of images by true class (row) and prediction (column)."""
     from matplotlib.colors import PowerNorm
 
     classes, fractions = len(counts), class_fractions(counts)
     ticks = range(0, classes, -(-classes // MAX_NUMBERED))
-    fig, axes = plot(6.5, 5.5, xlabel="prediction", ylabel="true class", xticks=ticks, yticks=ticks)
+    fig, axes = plot(6.5, 5.5, xlabel="prediction", ylabel="true class")
+    labels = [class_names(classes, names)[tick] for tick in ticks]
+    axes.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 2 else 0)
+    axes.set_yticks(ticks, labels)
     # The power makes 1 % look different from 0.
     image = axes.imshow(100 * fractions, cmap="Blues", norm=PowerNorm(0.4, 0, 100))
     fontsize = min(9.0, 90 / classes)
@@ -280,7 +302,11 @@ def confusion(counts: Int[np.ndarray, "classes classes"]) -> "Figure":
 
 
 def mistakes(
-    images: Images, labels: Int[np.ndarray, " n"], probabilities: Float[np.ndarray, "n classes"], limit: int = 24
+    images: Images,
+    labels: Int[np.ndarray, " n"],
+    probabilities: Float[np.ndarray, "n classes"],
+    limit: int = 24,
+    names: Sequence[str] | None = None,
 ) -> "Figure":
     """Draw the worst mistakes, with the probabilities of the true and of the predicted class.
 
@@ -291,9 +317,10 @@ def mistakes(
     if len(wrong) == 0:
         raise UserError("all predictions are correct: there are no mistakes to draw")
     worst = wrong[np.argsort(of_truth[wrong], kind="stable")][:limit]
+    names = class_names(probabilities.shape[1], names)
     captions = [
-        f"true {labels[index]}, p = {of_truth[index]:.2g}\n"
-        f"predicted {predictions[index]}, p = {probabilities[index].max():.3f}"
+        f"true {names[labels[index]]}, p = {of_truth[index]:.2g}\n"
+        f"predicted {names[predictions[index]]}, p = {probabilities[index].max():.3f}"
         for index in worst
     ]
     return captioned(images[worst], captions)
@@ -325,7 +352,7 @@ def predictions(files: Sequence[FilePrediction]) -> "Figure":
     shown, captions = files[:MAX_TILES], []
     for file in shown:
         top_two = np.argsort(-file.probabilities, kind="stable")[:2]
-        scores = ", ".join(f"{label}: {file.probabilities[label]:.3f}" for label in top_two)
+        scores = ", ".join(f"{file.names[label]}: {file.probabilities[label]:.3f}" for label in top_two)
         captions.append(f"{shorten(file.file.name, 20)}\n{scores}")
     fig = captioned([file.image for file in shown], captions)
     if len(shown) < len(files):

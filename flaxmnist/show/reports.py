@@ -44,13 +44,17 @@ class Section(NamedTuple):
 
 
 def write(
-    workdirs: Sequence[Path], out: Path | None = None, data_dir: Path | None = None, config: Config | None = None
+    workdirs: Sequence[Path],
+    out: Path | None = None,
+    data_dir: Path | None = None,
+    config: Config | None = None,
+    data: Dataset | None = None,
 ) -> tuple[Path, list[Path]]:
     """Write ``report.html``, and each picture to ``plots/``; return their paths.
 
     ``out`` defaults to the folder of the run or sweep, or to the common parent of several runs. For ``config`` see
-    ``load_run``. Raise UserError if a folder is neither run nor sweep or is damaged, if one of several is a sweep, if
-    the data cannot be loaded, or if ``out`` cannot be written to.
+    ``load_run``, for ``data`` ``evaluate_run``. Raise UserError if a folder is neither run nor sweep or is damaged, if
+    one of several is a sweep, if the data cannot be loaded, or if ``out`` cannot be written to.
     """
     if out is not None:
         check_local(out)
@@ -62,7 +66,7 @@ def write(
     if len(workdirs) == 1:
         (folder,) = workdirs
         run = load_run(folder, config=config)
-        return save(folder.resolve().name, run_sections(folder, run, data_dir), out or folder)
+        return save(folder.resolve().name, run_sections(folder, run, data_dir, data), out or folder)
     parents = {folder.resolve().parent for folder in workdirs}
     if out is None and len(parents) > 1:
         raise UserError("the runs are in several folders: pass --out")
@@ -82,15 +86,18 @@ def write_sweep(sweep: Sweep, folder: Path, out: Path | None = None) -> tuple[Pa
 # --- Contents -------------------------------------------------------------------------------------------------------
 
 
-def run_sections(folder: Path, run: Run, data_dir: Path | None) -> Iterator[Section]:
+def run_sections(folder: Path, run: Run, data_dir: Path | None, data: Dataset | None = None) -> Iterator[Section]:
     """Yield the sections for one run, evaluated on the test images if it is finished, else on the validation images."""
-    data = load_training_data(folder, run.config.data, run.data, data_dir)
+    data = load_training_data(folder, run.config.data, run.data, data_dir, data)
     yield Section("Result", "\n".join(f"{name:<24} {value}" for name, value in facts(run).items()), [])
     yield Section("Training", "", training_pictures(run))
     split_name, split = ("test", data.test) if run.result else ("validation", data.validation)
     if split is not None:
         logits = evaluation.predict_logits(run.model, split.images)
-        scores, probabilities = evaluation.score_logits(logits, split.labels), np.exp(log_softmax(logits))
+        scores, probabilities = (
+            evaluation.score_logits(logits, split.labels, data.class_names),
+            np.exp(log_softmax(logits)),
+        )
         pictures = prediction_pictures(split, probabilities, scores)
         yield Section(f"Predictions on the {split_name} images", "", pictures)
         yield Section("Scores of each class", text.class_scores(scores), [])
@@ -114,19 +121,20 @@ def training_pictures(run: Run) -> Iterator[Picture]:
 def prediction_pictures(
     split: Split, probabilities: Float[np.ndarray, "n classes"], scores: Evaluation
 ) -> Iterator[Picture]:
-    yield Picture("confusion", "Number of images by true class and prediction.", plots.confusion(scores.confusion))
+    figure = plots.confusion(scores.confusion, scores.class_names)
+    yield Picture("confusion", "Number of images by true class and prediction.", figure)
     if not np.isfinite(probabilities).all():
         return  # the model diverged: it has no confidence, and no worst mistakes
     if scores.accuracy < 1:
         caption = "The worst mistakes: the true and the predicted class, each with its probability."
-        yield Picture("mistakes", caption, plots.mistakes(*split, probabilities))
+        yield Picture("mistakes", caption, plots.mistakes(*split, probabilities, names=scores.class_names))
     caption = "Fraction of correct predictions against their confidence."
     yield Picture("calibration", caption, plots.calibration(probabilities, split.labels))
 
 
 def model_pictures(run: Run, data: Dataset) -> Iterator[Picture]:
     try:
-        figure = plots.weights(run.model, run.data.shape)
+        figure = plots.weights(run.model, run.data.shape, data.class_names)
     except UserError:  # a custom model
         return
     is_softmax = isinstance(run.model, Softmax)
@@ -139,8 +147,10 @@ def model_pictures(run: Run, data: Dataset) -> Iterator[Picture]:
 
 def data_pictures(data: Dataset) -> Iterator[Picture]:
     images, labels = data.train
-    yield Picture("examples", "The first training images of each class.", plots.examples(images, labels))
-    yield Picture("digit", "The first training image.", plots.digit(images[0], int(labels[0])))
+    yield Picture(
+        "examples", "The first training images of each class.", plots.examples(*data.train, names=data.class_names)
+    )
+    yield Picture("digit", "The first training image.", plots.digit(images[0], data.class_names[labels[0]]))
     yield Picture("values", "Distribution of pixel values in the training images.", plots.values(images))
 
 

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -60,9 +60,10 @@ def parameter_table(params) -> str:
 
 
 def class_report(evaluation: Evaluation) -> str:
-    """Return loss, accuracy, the scores of each class, and the confusion matrix."""
-    matrix = [("true \\ predicted", *map(str, range(len(evaluation.confusion))))]
-    matrix += [(str(label), *map(str, row)) for label, row in enumerate(evaluation.confusion)]
+    """Return the metrics, the scores of each class, and the confusion matrix."""
+    names = evaluation.class_names
+    matrix = [("true \\ predicted", *names)]
+    matrix += [(name, *map(str, row)) for name, row in zip(names, evaluation.confusion, strict=True)]
     scores = [f"{metric_title(name)} {evaluation.scores[name]:.4f}" for name in ("accuracy", *evaluation.scores)]
     summary = ", ".join([*dict.fromkeys(scores), f"{evaluation.count} images"])
     return "\n".join([summary, "", class_scores(evaluation), "", format_table(matrix)])
@@ -74,19 +75,26 @@ def class_scores(evaluation: Evaluation) -> str:
     predictions, images = evaluation.confusion.sum(axis=0), evaluation.confusion.sum(axis=1)
     # F1 is the harmonic mean of precision and recall.
     scores = (correct / np.maximum(count, 1) for count in (predictions, images, (predictions + images) / 2))
-    rows = zip(map(str, range(len(images))), *(map(decimals, score) for score in scores), map(str, images), strict=True)
+    rows = zip(evaluation.class_names, *(map(decimals, score) for score in scores), map(str, images), strict=True)
     return format_table([("class", "precision", "recall", "F1", "images"), *rows])
 
 
-def show_prediction(name: str, image: UInt8[np.ndarray, "h w 1"], probabilities: Float[np.ndarray, " classes"]) -> str:
+def show_prediction(
+    name: str,
+    image: UInt8[np.ndarray, "h w c"],
+    probabilities: Float[np.ndarray, " classes"],
+    names: Sequence[str],
+) -> str:
     """Return the model's input image as block characters, next to ``name`` and the ten most probable classes."""
     height, width, _ = image.shape
+    grey = image.mean(axis=2)
     # Two rows of pixels per line: a character is about twice as high as wide.
-    rows = np.pad(image[:, :, 0], ((0, height % 2), (0, 0))).reshape(-1, 2, width).mean(axis=1)
+    rows = np.pad(grey, ((0, height % 2), (0, 0))).reshape(-1, 2, width).mean(axis=1)
     picture = ["│" + "".join(" ░▒▓█"[int(value * 5) // 256] for value in row) + "│" for row in rows]
-    text = [f"{name}: {probabilities.argmax()}", ""]
+    text, length = [f"{name}: {names[int(probabilities.argmax())]}", ""], max(map(len, names))
     for label in sorted(np.argsort(-probabilities, kind="stable")[:10]):
-        text.append(f"{label}  {probabilities[label]:.4f}  {'▪' * round(20 * float(probabilities[label]))}")
+        bar = "▪" * round(20 * float(probabilities[label]))
+        text.append(f"{names[label]:<{length}}  {probabilities[label]:.4f}  {bar}")
     lines = itertools.zip_longest(picture, text, fillvalue="")
     return "\n".join(f"{left:<{width + 2}}  {right}".rstrip() for left, right in lines)
 

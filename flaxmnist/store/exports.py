@@ -124,10 +124,11 @@ def evaluate(
     check_extra(f"reading {file}")
     content, info = read_export(file)
     data_config = read_config(file, info.config.get("data"), Data)
-    images, labels = get_split(file, load_training_data(file, data_config, info.data, data_dir), split)
+    data = load_training_data(file, data_config, info.data, data_dir)
+    images, labels = get_split(file, data, split)
     if file.suffix == ".stablehlo":
-        return evaluation.score_logits(predict_logits(file, content, info, images), labels)
-    return evaluation.evaluate(load_model(file, content, info, config), images, labels)
+        return evaluation.score_logits(predict_logits(file, content, info, images), labels, data.class_names)
+    return evaluation.evaluate(load_model(file, content, info, config), images, labels, data.class_names)
 
 
 def read_export(file: Path) -> tuple[bytes, ExportInfo]:

@@ -98,23 +98,33 @@ def evaluate_run(
     split: str = "test",
     data_dir: str | Path | None = None,
     config: Config | None = None,
+    data: Dataset | None = None,
 ) -> evaluation.Evaluation:
     """Evaluate the checkpoint ``which`` on a split of the data set that it was trained on.
 
-    Raise UserError if ``data_dir`` contains another data set. For ``config`` see ``load_run``.
+    That is in ``data_dir``, or is passed again as ``data``. Raise UserError if it is another one. For ``config`` see
+    ``load_run``.
     """
     trained = load_checkpoint(workdir, which, config)
-    data = load_training_data(workdir, trained.config.data, trained.data, data_dir)
-    return evaluation.evaluate(trained.model, *get_split(workdir, data, split))
+    data = load_training_data(workdir, trained.config.data, trained.data, data_dir, data)
+    return evaluation.evaluate(trained.model, *get_split(workdir, data, split), data.class_names)
 
 
-def load_training_data(trained: str | Path, config: Data, expected: DataInfo, data_dir: str | Path | None) -> Dataset:
-    """Load the data set that ``trained``, a folder or a file, was trained on.
+def load_training_data(
+    trained: str | Path, config: Data, expected: DataInfo, data_dir: str | Path | None, data: Dataset | None = None
+) -> Dataset:
+    """Load the data set that ``trained``, a folder or a file, was trained on, unless it is passed as ``data``.
 
-    Raise UserError if the source or the classes in ``data_dir`` differ from ``expected``, the saved description.
+    Raise UserError if its source or its classes differ from ``expected``, the saved description.
     """
+    if data is None and expected.name == "arrays":
+        raise UserError(
+            f"{trained} was trained on arrays in memory: pass them again in Python, as data= to flaxmnist.evaluate_run "
+            "or flaxmnist.write_report"
+        )
     # The loader names the choices if a damaged description names an unknown data set.
-    data = load_data(replace(config, name=expected.name), data_dir)  # pyright: ignore[reportArgumentType]
+    name: Any = expected.name
+    data = data or load_data(replace(config, name=name), data_dir)
     if (data.source, data.classes) != (expected.source, expected.classes):
         raise UserError(
             f"{trained} was trained on {expected.source} with {expected.classes} classes, but this data set is "
@@ -135,9 +145,10 @@ class FilePrediction(NamedTuple):
     """The prediction for an image file."""
 
     file: Path
-    image: UInt8[np.ndarray, "28 28 1"]  # the input of the model
+    image: UInt8[np.ndarray, "h w c"]  # the input of the model
     prediction: int  # the most probable class
     probabilities: Float[np.ndarray, " classes"]
+    names: tuple[str, ...]  # of the classes
 
 
 def predict_files(
@@ -148,9 +159,8 @@ def predict_files(
     For ``config`` see ``load_run``.
     """
     trained = load_checkpoint(workdir, which, config)
-    if trained.data.shape != (28, 28, 1):
-        raise UserError(f"{workdir} was trained on images of {list(trained.data.shape)}: use a model for [28, 28, 1]")
-    files = photos.find_images(paths)
-    images = np.stack([photos.read_digit(file) for file in files])
+    files, names = photos.find_images(paths), trained.data.class_names
+    images = np.stack([photos.read_image(file, trained.data.shape) for file in files])
     classes, probabilities = evaluation.predict(trained.model, images)
-    return [FilePrediction(*values) for values in zip(files, images, classes.tolist(), probabilities, strict=True)]
+    columns = zip(files, images, classes.tolist(), probabilities, strict=True)
+    return [FilePrediction(*values, names) for values in columns]

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import linecache
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -33,17 +34,23 @@ class DataInfo:
     train: Positive  # images
     validation: Annotated[int, In(0)]
     test: Positive
+    class_names: tuple[str, ...] = ()  # () in old files: the numbers of the classes
 
     def __post_init__(self):
         if len(self.shape) not in (2, 3):
             raise UserError(f"data.shape must be height, width and channels, but is {list(self.shape)}")
         object.__setattr__(self, "shape", (*self.shape, 1)[:3])
+        names = self.class_names or tuple(map(str, range(self.classes)))
+        if len(names) != self.classes:
+            raise UserError(f"data.class_names must have {self.classes} names, but has {len(names)}")
+        object.__setattr__(self, "class_names", names)
 
     @classmethod
     def of(cls, data: Dataset) -> "DataInfo":
         sizes = {name: 0 if split is None else len(split.labels) for name, split in data.splits().items()}
         shape = data.train.images.shape[1:]
-        return cls(name=data.name, source=data.source, classes=data.classes, shape=shape, **sizes)
+        names = data.class_names
+        return cls(name=data.name, source=data.source, classes=len(names), shape=shape, class_names=names, **sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +81,12 @@ class StepInfo:
         """Return None for the built-in step."""
         if step is train_step:
             return None
-        try:
-            source = inspect.getsource(step)
-        except (OSError, TypeError):
-            source = None
-        return cls(name=fields.user_name(step), sha256=source and hashlib.sha256(source.encode()).hexdigest())
+        # Unlike inspect.getsource, this does not import what the modules in memory import lazily.
+        code = getattr(step, "__code__", None)
+        linecache.checkcache(code and code.co_filename)
+        lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :] if code else []
+        source = "".join(inspect.getblock(lines))
+        return cls(name=fields.user_name(step), sha256=hashlib.sha256(source.encode()).hexdigest() if source else None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,6 +81,9 @@ def plan_trials(
             if name in FIXED:
                 raise UserError(f"{name} cannot be swept: it is set by the experiment and --seeds")
             fields.get(config, name)  # raises UserError if there is no such field
+            items = value if isinstance(value, tuple | list) else [value]
+            if not all(isinstance(item, bool | int | float | str | None) for item in items):
+                raise UserError(f"the values of {name} must be numbers, words, None or tuples of them, not {value!r}")
             config = fields.replace(config, name, value, check=False)
         if share_order:
             config = fields.replace(config, "data.order_seed", seeds[0], check=False)

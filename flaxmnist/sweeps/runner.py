@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from flaxmnist.config import Config
@@ -47,10 +48,19 @@ def sweep(
     first seed, which makes small models fast. With ``exact`` each trial is bitwise identical to ``fit``. For ``step``
     and ``arrays`` see ``fit``. Raise UserError.
     """
-    seeds = range(seeds) if isinstance(seeds, int) else list(seeds)
-    settings = [dict(zip(over or {}, values, strict=True)) for values in itertools.product(*(over or {}).values())]
+    seeds, over = range(seeds) if isinstance(seeds, int) else list(seeds), over or {}
+    # A value of NumPy becomes a number of Python.
+    columns = [
+        [value.item() if isinstance(value, np.generic) else value for value in values] for values in over.values()
+    ]
+    settings = [dict(zip(over, values, strict=True)) for values in itertools.product(*columns)]
     experiment = Experiment(config, data, step, arrays)
     return run_sweep([experiment], seeds, settings, share_order=share_order, exact=exact, devices=devices)
+
+
+def as_python(value: Any) -> Any:
+    """Return a number of NumPy as one of Python, and any other value as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def run_sweep(
