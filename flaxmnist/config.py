@@ -82,7 +82,7 @@ class Model(Protocol):
         """Return an ``nnx.Module`` for images of ``shape`` (height, width, channels), with weights drawn from ``rngs``.
 
         It is called as ``module(images)``, with float images [batch, height, width, channels] in [0, 1], and returns
-        logits [batch, classes]. In a sweep, float fields may be traced.
+        logits [batch, classes]. In a sweep, float fields may be traced; in an export, ``images.shape[0]`` is symbolic.
         """
         ...
 

@@ -32,7 +32,10 @@ def test_run_folder_contents(few, tmp_path):
     config, result = (json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "result.json"))
     assert config["config"]["optimizer"]["kind"] == "SGD"
     sizes = {"train": 70, "validation": 30, "test": 45}
-    assert config["data"] == {"name": "digits", "source": few.source, "shape": [28, 28, 1], "classes": 10} | sizes
+    names = {"class_names": list("0123456789")}
+    assert (
+        config["data"] == {"name": "digits", "source": few.source, "shape": [28, 28, 1], "classes": 10} | sizes | names
+    )
     assert result == vars(run.result)
     assert result["steps"] == 20
     assert result["epochs"] == 4

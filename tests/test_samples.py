@@ -1,7 +1,8 @@
 """The folders in ``samples``, which an earlier version wrote, can be used as if this version had written them.
 
-They hold a run, the same run killed after its checkpoint at step 20, a sweep, and the same sweep stopped in the middle
-of its second trial. Losses are compared up to rounding, because CPUs and versions of JAX round differently.
+They hold a run, the same run killed after its checkpoint at step 20, a sweep, the same sweep stopped in the middle of
+its second trial, and a run with a model and a step of its own (own.py), finished and stopped at step 40. Losses are
+compared up to rounding, because CPUs and versions of JAX round differently.
 """
 
 import json
@@ -15,6 +16,7 @@ from conftest import ROOT, fit_on_one, read_lines
 
 import flaxmnist as fm
 from flaxmnist.config import Adam, CNNConfig, Config, Data, Train
+from flaxmnist.experiment import read_experiment
 from flaxmnist.show import reports
 from flaxmnist.store import exports
 from flaxmnist.store.load import evaluate_run, load_checkpoint
@@ -134,3 +136,24 @@ def test_ensemble_of_a_sweep_is_evaluated(copy):
     best = [trial for trial in expected["members"] if trial["fields"] == expected["best"]["fields"]]
     assert [scores.accuracy for scores in ensemble.members] == pytest.approx([trial["test_accuracy"] for trial in best])
     assert ensemble.together.accuracy > 0.5
+
+
+# --- A model and a step of the user's -------------------------------------------------------------------------------
+
+
+def test_own_run_loads_evaluates_and_is_exported(copy, tmp_path):
+    config, folder = fm.load_experiment(SAMPLES / "own.py"), copy("own_finished")
+    run = fm.load_run(folder, config=config)
+    assert run.config == config and vars(run.result) == result("own_finished")
+    assert fm.evaluate_run(folder, config=config).loss == pytest.approx(run.result.test_loss, rel=1e-4)
+    exports.write(load_checkpoint(folder, config=config), tmp_path / "export")
+    scores = exports.evaluate(tmp_path / "export/model.safetensors", config=config)
+    assert scores.accuracy == pytest.approx(run.result.test_accuracy)
+
+
+def test_own_stopped_run_resumes_to_the_same_result(copy, digits):
+    config, functions = read_experiment(SAMPLES / "own.py")
+    folder = copy("own_stopped")
+    run = fit_on_one(config, digits, folder, resume=True, **functions)
+    assert_close(read_lines(folder), read_lines(SAMPLES / "own_finished"))
+    assert run.result.test_accuracy == pytest.approx(result("own_finished")["test_accuracy"])

@@ -369,3 +369,26 @@ def test_mistakes_are_errors_before_anything_is_written(mistake, message, few, t
     with pytest.raises(UserError, match=message):
         run_sweep([Experiment(small(Wrong(mistake)), few)], [0], [{}], devices=1, workdir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class Counting(nnx.Module):
+    """A model that needs to know the number of images."""
+
+    def __init__(self, classes, rngs):
+        self.linear = nnx.Linear(784, classes, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear(x.reshape(len(x), -1))
+
+
+@dataclass(frozen=True)
+class Counted:
+    def make(self, shape, classes, rngs):
+        return Counting(classes, rngs)
+
+
+def test_a_model_that_cannot_be_exported_is_an_error(few, tmp_path):
+    fit_on_one(small(Counted(), steps=1), few, tmp_path)
+    trained = load_checkpoint(tmp_path, config=small(Counted()))
+    with pytest.raises(UserError, match=r"^the model cannot be exported as StableHLO .* use images\.shape\[0\]"):
+        exports.write(trained, tmp_path / "export")

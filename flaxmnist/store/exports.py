@@ -108,6 +108,9 @@ def stablehlo(model: nnx.Module, shape: tuple[int, ...]) -> bytes:
     jax.config.update(name, 0)
     try:
         return bytes(export.export(jax.jit(logits), platforms=PLATFORMS)(images).serialize())
+    except Exception as error:  # a model of the user's can raise anything
+        remedy = "the number of images is symbolic, so use images.shape[0] and not len(images)"
+        raise UserError(f"the model cannot be exported as StableHLO ({one_line(error)[:200]}): {remedy}") from error
     finally:
         jax.config.update(name, before)
 

@@ -22,7 +22,7 @@ from flaxmnist.errors import UserError
 from flaxmnist.store.initial import load_initial
 from flaxmnist.store.provenance import DataInfo, DeviceInfo, StepInfo, versions
 from flaxmnist.sweeps.folder import SweepFolder, open_sweep_folder
-from flaxmnist.sweeps.plan import Experiment, Group, group_trials, plan_trials
+from flaxmnist.sweeps.plan import TRACED, Experiment, Group, group_trials, plan_trials
 from flaxmnist.sweeps.results import Sweep, SweepInfo
 from flaxmnist.sweeps.trials import Trials
 
@@ -118,11 +118,11 @@ def train_group(group: Group, mesh: Mesh, folder: SweepFolder, progress: Progres
     try:
         program = compile_group(group, mesh)
     except Exception:
-        parts = separate(group)
-        if len(parts) == 1:
+        own = [name for name in group.names if not TRACED.fullmatch(name)]
+        if not own:
             raise
-        logger.info("%s cannot be traced: each value gets its own program", ", ".join(group.names))
-        for part in parts:
+        logger.info("%s cannot be traced: each value gets its own program", ", ".join(own))
+        for part in separate(group):
             train_group(part, mesh, folder, progress, stop)
         return
     for start in range(0, len(group.trials), program.size):
