@@ -10,7 +10,7 @@ import pytest
 from conftest import assert_same, fit_on_one, main, small, user_error
 
 import flaxmnist as fm
-from flaxmnist.config import Adam, Muon
+from flaxmnist.config import Adam, MLPConfig, Muon
 from flaxmnist.core import steps
 from flaxmnist.data import order
 from flaxmnist.data.sets import Split
@@ -18,9 +18,9 @@ from flaxmnist.data.sets import Split
 
 @pytest.fixture(scope="module")
 def teacher(few, tmp_path_factory):
-    """The folder of a trained CNN with averaged weights."""
+    """The folder of a trained MLP with averaged weights."""
     folder = tmp_path_factory.mktemp("teacher")
-    fit_on_one(small("cnn", steps=10, ema_decay=0.9), few, folder)
+    fit_on_one(small("mlp", steps=10, ema_decay=0.9), few, folder)
     return folder
 
 
@@ -35,7 +35,7 @@ def with_classes(data, classes):
 
 
 def test_training_starts_from_the_averaged_weights_of_a_run(teacher, few, tmp_path):
-    config = small("cnn", steps=5, start_from=str(teacher), ema_decay=0.5)
+    config = small("mlp", steps=5, start_from=str(teacher), ema_decay=0.5)
     run = fit_on_one(config, few, tmp_path / "run")
     state = fm.load_run(teacher).state
     rows = order.batch_indices(config, 70, 0, 1)[0]
@@ -46,7 +46,7 @@ def test_training_starts_from_the_averaged_weights_of_a_run(teacher, few, tmp_pa
 
 
 def test_a_resumed_run_does_not_need_the_other_run(teacher, few, fit_until, tmp_path):
-    config = small("cnn", steps=12, evaluate_every=1, checkpoint_every=5, start_from=str(tmp_path / "teacher"))
+    config = small("mlp", steps=12, evaluate_every=1, checkpoint_every=5, start_from=str(tmp_path / "teacher"))
     teacher.rename(tmp_path / "teacher")
     full = fit_on_one(config, few)
     fit_until(7, config, few, tmp_path / "run")
@@ -55,7 +55,7 @@ def test_a_resumed_run_does_not_need_the_other_run(teacher, few, fit_until, tmp_
 
 
 def test_a_sweep_starts_from_a_run(teacher, few):
-    config = small("cnn", steps=5, start_from=str(teacher))
+    config = small("mlp", steps=5, start_from=str(teacher))
     sweep = fm.sweep(config, few, seeds=2, devices=1)
     runs = [fit_on_one(replace(config, seed=seed), few) for seed in range(2)]
     assert [trial.params_sha256 for trial in sweep.members] == [run.result.params_sha256 for run in runs]
@@ -63,27 +63,28 @@ def test_a_sweep_starts_from_a_run(teacher, few):
 
 @pytest.mark.parametrize("optimizer", [Adam(weight_decay=0.1), Muon()], ids=["AdamW", "Muon"])
 def test_frozen_parameters_do_not_change(optimizer, few):
-    config = small("cnn", optimizer=optimizer, steps=5, frozen=("convs", "dense.bias"), ema_decay=0.9)
+    config = small("mlp", optimizer=optimizer, steps=5, frozen=("layers.0", "layers.1.bias"), ema_decay=0.9)
     run, before = fit_on_one(config, few), steps.create_state(config, (28, 28, 1), 10)
     for weights in (run.state.params, run.state.ema):
-        assert_same(weights["convs"], before.params["convs"])
-        assert_same(weights["dense"]["bias"], before.params["dense"]["bias"])
-        assert not np.array_equal(weights["dense"]["kernel"], before.params["dense"]["kernel"])
+        (first, last), (first_before, last_before) = (tree["layers"].values() for tree in (weights, before.params))
+        assert_same((first, last["bias"]), (first_before, last_before["bias"]))
+        assert not np.array_equal(last["kernel"], last_before["kernel"])
     batch = steps.take_batch(*map(jnp.asarray, few.train), jnp.arange(16, dtype=jnp.int32))
     gradient = fm.gradient(run.config, before, before.params, batch)
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient.params["convs"]))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient.params["layers"][0]))
 
 
 def test_a_head_for_other_classes_is_drawn_anew(teacher, few, caplog):
     caplog.set_level("INFO", logger="flaxmnist")
-    config = small("cnn", steps=5, start_from=str(teacher), frozen=("convs", "dense"))
+    config = small("mlp", steps=5, start_from=str(teacher), frozen=("layers.0",))
     run = fit_on_one(config, with_classes(few, 7))
     taught = fm.load_run(teacher).state.weights
-    assert_same(run.state.params["dense"], taught["dense"])
-    assert run.state.params["logits"]["bias"].shape == (7,)
-    assert "another number of classes: logits.kernel keeps its initial values" in caplog.text
+    assert_same(run.state.params["layers"][0], taught["layers"][0])
+    assert run.state.params["layers"][1]["bias"].shape == (7,)
+    assert "another number of classes: layers.1.kernel keeps its initial values" in caplog.text
 
 
+@pytest.mark.slow
 def test_launch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["--data.name", "digits", "--train.steps", "3", "--devices", "1"]
@@ -99,15 +100,15 @@ def test_launch(tmp_path, monkeypatch):
 
 
 def test_weights_must_fit(teacher, few, tmp_path):
-    config = small("cnn", start_from=str(teacher))
+    config = small("mlp", start_from=str(teacher))
     colours = {name: Split(np.repeat(s.images, 3, 3), s.labels) for name, s in few.splits().items()}
     wrong = {
-        "the weights dense.bias of train.start_from": (replace(config, model=replace(config.model, dense=8)), few, {}),
-        "convs.0.kernel of train.start_from": (config, replace(few, **colours), {}),
-        "is not a run folder": (small("cnn", start_from=str(tmp_path / "none")), few, {}),
-        "unknown weights convs.0.bias": (small("softmax", start_from=str(teacher)), few, {}),
+        "the weights layers.0.bias of train.start_from": (replace(config, model=MLPConfig(hidden=(8,))), few, {}),
+        "layers.0.kernel of train.start_from": (config, replace(few, **colours), {}),
+        "is not a run folder": (small("mlp", start_from=str(tmp_path / "none")), few, {}),
+        "has no weights dense.bias": (small("softmax", start_from=str(teacher)), few, {}),
         "pass only one": (config, few, {"initial": fm.load_run(teacher).model}),
-        "initial has unknown weights convs.0.bias": (small("softmax"), few, {"initial": fm.load_run(teacher).model}),
+        "initial has no weights dense.bias": (small("softmax"), few, {"initial": fm.load_run(teacher).model}),
     }
     for message, (wrong_config, data, options) in wrong.items():
         with user_error(message):
@@ -116,8 +117,8 @@ def test_weights_must_fit(teacher, few, tmp_path):
 
 
 def test_frozen_names_must_fit(few, tmp_path):
-    with user_error("train.frozen conv fits no parameter: use the beginning of convs.0.bias, convs.0.kernel"):
-        fit_on_one(small("cnn", frozen=("conv",)), few, tmp_path / "run")
+    with user_error("train.frozen layer fits no parameter: use the beginning of layers.0.bias, layers.0.kernel"):
+        fit_on_one(small("mlp", frozen=("layer",)), few, tmp_path / "run")
     with user_error("train.frozen contains all parameters"):
-        fm.sweep(small("cnn", frozen=("convs", "dense", "logits")), few, seeds=1)
+        fm.sweep(small("mlp", frozen=("layers",)), few, seeds=1)
     assert not (tmp_path / "run").exists()

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import fit_on_one, small
+import pytest
+from conftest import small
 from flax import nnx
 
 import flaxmnist as fm
@@ -48,10 +49,10 @@ def test_axes_of_known_layers():
     }
 
 
-def test_muon_orthogonalises_the_kernels_and_leaves_the_rest_to_nadam(few):
+def test_muon_orthogonalises_the_kernels_and_leaves_the_rest_to_nadam():
     """An embedding is a matrix, but not a kernel."""
     config = small(Model(), optimizer=Muon(learning_rate=0.1), steps=1)
-    state = fit_on_one(config, few).state
+    state = steps.state_shapes(config, (28, 28, 1), 10)
     moments = dict(state.opt_state.inner_states)
     trained = {name: len(jax.tree.leaves(inner.inner_state[0].mu)) for name, inner in moments.items()}
     assert trained == {"muon": 7, "adam": len(jax.tree.leaves(state.params)) - 7}
@@ -68,6 +69,7 @@ def test_model_parallelism_splits_outputs_if_they_divide_and_else_inputs():
         assert shardings[layer][name] == replicated
 
 
+@pytest.mark.slow
 def test_a_model_of_flax_layers_trains_in_parallel(few):
     config = small(Model(), steps=5)
     one, four = fm.fit(config, few, devices=1), fm.fit(config, few, devices=4, model_parallel=4)

@@ -141,7 +141,9 @@ def test_emnist_is_upright_and_its_labels_start_at_0(name, emnist):
 
 def test_emnist_runs(emnist, tmp_path, capsys):
     options = ["--data-dir", str(emnist), "--workdir", str(tmp_path / "run"), "--devices", "1", "--train.steps", "3"]
-    assert main("train")(["quickstart", "--data.name", "emnist/letters", "--train.batch-size", "4", *options]) == 0
+    assert (
+        main("train")(["softmax_beginners", "--data.name", "emnist/letters", "--train.batch-size", "4", *options]) == 0
+    )
     capsys.readouterr()
     assert main("evaluate")([str(tmp_path / "run"), "--data-dir", str(emnist)]) == 0
     assert "\nz " in capsys.readouterr().out
@@ -166,7 +168,7 @@ def test_image_files_for_models_of_colours_and_of_other_sizes(few, tmp_path):
     picture[:, 20:] = (200, 180, 190)
     Image.fromarray(picture).save(tmp_path / "right.png")
     data = fm.Dataset.from_arrays(**arrays(), class_names=["left", "right"])
-    fit_on_one(small("mlp", steps=60), data, tmp_path / "run")
+    fit_on_one(small(steps=60), data, tmp_path / "run")
     (prediction,) = predict_files(tmp_path / "run", [tmp_path / "right.png"])
     assert prediction.image.shape == (12, 12, 3) and prediction.names[prediction.prediction] == "right"
     fit_on_one(small(steps=1), fm.Dataset.from_arrays(**arrays(colours=2)), tmp_path / "two")

@@ -199,7 +199,8 @@ def test_images_may_have_colours(name, colours):
     assert np.mean(losses[-5:]) < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_a_sweep_trains_the_runs_of_its_seeds(name, few):
     config = small(MODELS[name], optimizer=Adam(learning_rate=1e-2), steps=8)
     sweep = fm.sweep(config, few, seeds=2, exact=True, devices=1)
@@ -221,7 +222,7 @@ def test_losses_with_batch_normalisation_do_not_depend_on_devices(digits):
     np.testing.assert_allclose(losses[8], losses[1], rtol=1e-4)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [slow(False), True])
 def test_float_fields_are_traced_if_possible(strict, few, monkeypatch, caplog):
     """Otherwise each value gets its own program. The module also has an array that is no variable."""
     monkeypatch.setattr("flaxmnist.sweeps.plan.runs_sequentially", lambda *_: False)
