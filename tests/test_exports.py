@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import MODELS, ROOT, assert_same, main, small
+from conftest import ROOT, assert_same, main, slow, small
 from jax import export
 from safetensors.numpy import load_file, save
 
@@ -42,7 +42,7 @@ def mlp_export(few, tmp_path_factory) -> Path:
     return train_and_export(small("mlp", steps=4, ema_decay=0.9), few, tmp_path_factory.mktemp("mlp"))
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["mlp", "cnn", slow("softmax")])
 def export_folder(request, few, tmp_path_factory) -> Path:
     """The export of a run, for each model."""
     if request.param == "mlp":

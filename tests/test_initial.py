@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, fit_on_one, main, small, user_error
+from conftest import assert_same, fit_on_one, main, slow, small, user_error
 
 import flaxmnist as fm
 from flaxmnist.config import Adam, MLPConfig, Muon
@@ -45,6 +45,7 @@ def test_training_starts_from_the_averaged_weights_of_a_run(teacher, few, tmp_pa
     assert_same(same.state, run.state)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_need_the_other_run(teacher, few, fit_until, tmp_path):
     config = small("mlp", steps=12, evaluate_every=1, checkpoint_every=5, start_from=str(tmp_path / "teacher"))
     teacher.rename(tmp_path / "teacher")
@@ -54,6 +55,7 @@ def test_a_resumed_run_does_not_need_the_other_run(teacher, few, fit_until, tmp_
     assert_same(fit_on_one(config, few, tmp_path / "run", resume=True).state, full.state)
 
 
+@pytest.mark.slow
 def test_a_sweep_starts_from_a_run(teacher, few):
     config = small("mlp", steps=5, start_from=str(teacher))
     sweep = fm.sweep(config, few, seeds=2, devices=1)
@@ -61,7 +63,7 @@ def test_a_sweep_starts_from_a_run(teacher, few):
     assert [trial.params_sha256 for trial in sweep.members] == [run.result.params_sha256 for run in runs]
 
 
-@pytest.mark.parametrize("optimizer", [Adam(weight_decay=0.1), Muon()], ids=["AdamW", "Muon"])
+@pytest.mark.parametrize("optimizer", [Adam(weight_decay=0.1), slow(Muon())])
 def test_frozen_parameters_do_not_change(optimizer, few):
     config = small("mlp", optimizer=optimizer, steps=5, frozen=("layers.0", "layers.1.bias"), ema_decay=0.9)
     run, before = fit_on_one(config, few), steps.create_state(config, (28, 28, 1), 10)

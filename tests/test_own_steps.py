@@ -59,7 +59,7 @@ def test_a_step_gets_its_arrays_and_its_metrics_are_recorded(few, tmp_path):
     assert info["name"] == "test_own_steps.py:weighted_step" and len(info["sha256"]) == 64
 
 
-@pytest.mark.parametrize(("devices", "backend"), [slow(2, "jit"), (8, "jit"), (2, "pmap")])
+@pytest.mark.parametrize(("devices", "backend"), [slow(2, "jit"), (8, "jit"), slow(2, "pmap")])
 def test_a_step_trains_the_same_on_several_devices(devices, backend, few):
     data = Data(name="digits", augment=Augment(shift=2.0))
     runs = [fm.fit(small(steps=10, data=data), few, devices=count, backend=backend, **OWN) for count in (1, devices)]

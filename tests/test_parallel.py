@@ -52,7 +52,8 @@ def test_dropout_and_augmentation_do_not_depend_on_devices(backend, devices, dig
     assert_close(fm.fit(config, digits, backend=backend, devices=devices), fit_on_one_device(config), 1e-5)
 
 
-@pytest.mark.parametrize("backend", [slow("jit"), "pmap"])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
 def test_devices_with_only_padding(backend, digits):
     """Eight devices have 16 of 128 rows each; of a last batch of 96 images, the last two have only padding."""
     config = fm.load_experiment(ROOT / "experiments/mlp_scratch.py")
@@ -153,7 +154,7 @@ def test_a_model_that_cannot_be_sharded_is_an_error(few):
 
 
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["softmax", slow("mlp"), slow("cnn")])
 def test_a_step_exchanges_only_the_gradient_and_its_metrics(model, backend, few):
     """The metrics are the sums of loss, correct predictions and images; activations would grow with the batch."""
     trainer = benchmarks.Trainer(small(model), few, parallel.make_mesh(8), backend)

@@ -213,7 +213,8 @@ def test_a_trial_per_device_is_bitwise_a_run(devices, share_order, few, alone):
         assert_same(trial, alone(row, SEEDS[0] if share_order else None))
 
 
-@pytest.mark.parametrize(("devices", "share_order"), [slow(1, False), slow(1, True), slow(2, False), (2, True)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "share_order"), [(1, False), (1, True), (2, False), (2, True)])
 def test_vectorised_trials_are_runs_up_to_rounding(devices, share_order, few, alone):
     state, metrics = train_trials(compile_trials(few, devices, 4 // devices, share_order), 7)
     assert state.step.tolist() == [7] * 4
@@ -245,6 +246,7 @@ def test_trials_share_their_batches_or_have_their_own(few):
     assert shared.sharding.is_fully_replicated and not own.sharding.is_fully_replicated
 
 
+@pytest.mark.slow
 def test_the_capacity_of_trials_is_limited_by_all_their_indices(few, monkeypatch):
     def capacity(trials_per_device: int, share_order: bool) -> int:
         return compile_trials(few, 2, trials_per_device, share_order).capacity
@@ -255,6 +257,7 @@ def test_the_capacity_of_trials_is_limited_by_all_their_indices(few, monkeypatch
     assert capacity(2, True) == 3, "vectorised trials do a quarter of the steps"
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_trials(few):
     two, eight = (compile_trials(few, 1, count, True).bytes for count in (2, 8))
     state = sum(leaf.nbytes for leaf in jax.tree.leaves(program.initial_state(TRIALS, few, parallel.make_mesh(1))))

@@ -42,7 +42,8 @@ RESUMABLE = {
 
 
 @pytest.mark.parametrize(
-    ("name", "stop"), [("softmax", 5), slow("softmax", 7), slow("mlp", 5), ("mlp", 7), slow("cnn", 5), slow("cnn", 7)]
+    ("name", "stop"),
+    [("softmax", 5), slow("softmax", 7), slow("mlp", 5), slow("mlp", 7), slow("cnn", 5), slow("cnn", 7)],
 )
 def test_resumed_run_is_bitwise_identical(name, stop, few, fit_until, tmp_path):
     config = RESUMABLE[name]

@@ -152,6 +152,7 @@ def test_nothing_can_be_saved_anywhere_else(few, tmp_path, monkeypatch):
         fit_on_one(CONFIG, few, folder, **at_step_10(folder, lambda: (shutil.rmtree(folder), here.rmdir())))
 
 
+@pytest.mark.slow
 @needs_root
 def test_sweep_on_a_full_disk(few, tmp_path, caplog):
     """Results rescued elsewhere can be moved back, and their trials are not trained again."""

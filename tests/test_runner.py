@@ -79,6 +79,7 @@ def test_experiments_need_different_names(few):
         runner.run_sweep([Experiment(small(), few), Experiment(small("mlp"), few)], [0], [{}], devices=1)
 
 
+@pytest.mark.slow
 def test_memory_limits_the_trials_per_program(few, monkeypatch):
     config, mesh = small(steps=4), parallel.make_mesh(1)
     trials = plan_trials([Experiment(config, few)], range(8), [{}], share_order=True)

@@ -163,6 +163,7 @@ def test_class_names():
 # --- Image files ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_image_files_for_models_of_colours_and_of_other_sizes(few, tmp_path):
     picture = np.zeros((20, 40, 3), np.uint8)
     picture[:, 20:] = (200, 180, 190)

@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from conftest import assert_same, small
+from conftest import assert_same, slow, small
 
 from flaxmnist.config import Adam
 from flaxmnist.data.sets import Dataset, Split
@@ -154,7 +154,9 @@ def test_other_folders_are_not_changed(few, tmp_path):
     assert [trial.seed for trial in run(1, "a", overwrite=True).members] == [1]
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: b"", lambda content: b"no part"])
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-100], slow(lambda content: b""), slow(lambda content: b"no part")]
+)
 def test_trials_of_a_damaged_part_are_trained_again(damage, few, tmp_path, caplog):
     def sweep(**options):
         return run_sweep([Experiment(small(steps=2), few)], [0], [{}], devices=1, workdir=tmp_path, **options)

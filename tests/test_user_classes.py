@@ -192,7 +192,8 @@ def test_a_resumed_run_is_bitwise_identical_and_its_export_too(name, few, fit_un
     assert exports.evaluate(tmp_path / "export/model.safetensors", config=config).loss == pytest.approx(test, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_images_may_have_colours(name, colours):
     run = fit_on_one(small(MODELS[name], optimizer=Adam(learning_rate=1e-2), steps=40), colours)
     losses = [record["loss"] for record in run.history if record["split"] == "train"]
@@ -222,7 +223,8 @@ def test_losses_with_batch_normalisation_do_not_depend_on_devices(digits):
     np.testing.assert_allclose(losses[8], losses[1], rtol=1e-4)
 
 
-@pytest.mark.parametrize("strict", [slow(False), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
 def test_float_fields_are_traced_if_possible(strict, few, monkeypatch, caplog):
     """Otherwise each value gets its own program. The module also has an array that is no variable."""
     monkeypatch.setattr("flaxmnist.sweeps.plan.runs_sequentially", lambda *_: False)
@@ -312,7 +314,7 @@ def test_flax_batch_norm_is_refused_if_it_would_count_padding(few):
     assert one.result.test_loss == pytest.approx(two.result.test_loss, rel=1e-4)
 
 
-@pytest.mark.parametrize(("strides", "padding"), [(1, "SAME"), (2, "VALID"), (1, ((2, 1), (0, 3)))])
+@pytest.mark.parametrize(("strides", "padding"), [slow(1, "SAME"), slow(2, "VALID"), (1, ((2, 1), (0, 3)))])
 def test_convolutions_of_flax_have_the_same_gradient(strides, padding, normal):
     def gradients(function):
         conv = nnx.Conv(2, 3, (3, 3), strides=strides, padding=padding, conv_general_dilated=function, rngs=nnx.Rngs(0))
