@@ -10,7 +10,7 @@ from flaxmnist.config import Config
 from flaxmnist.errors import UserError
 
 
-class Experiment(NamedTuple):
+class ExperimentFile(NamedTuple):
     """The content of an experiment file."""
 
     config: Config
@@ -47,7 +47,7 @@ def load_experiment(path: str | Path) -> Config:
     return read_experiment(path).config
 
 
-def read_experiment(path: str | Path) -> Experiment:
+def read_experiment(path: str | Path) -> ExperimentFile:
     """Run an experiment file and return its config, and its step if it has one. Raise as ``load_experiment`` does."""
     path = find_experiment(path)
     if not path.is_file():
@@ -63,4 +63,4 @@ def read_experiment(path: str | Path) -> Experiment:
     options = {name: names[name] for name in ("step", "arrays") if name in names}
     if wrong := [name for name, value in options.items() if not callable(value)]:
         raise UserError(f"{path}: {wrong[0]} must be a function")
-    return Experiment(names["config"], options)
+    return ExperimentFile(names["config"], options)

@@ -117,18 +117,29 @@ def fit(
     with open_folder(workdir, info, clock, resume, overwrite, allow_config_change) as folder, parallel.memory_errors():
         if folder.finished:
             logger.info("%s is finished", workdir)
-            return load_run(str(workdir))
+            return load_run(str(workdir), config=config)
         with clock("checkpoint"):
             state = folder.begin(program.state_shapes(config, data, mesh))
         if state is None:
             with clock("compile"):
                 state = program.initial_state(config, data, mesh)
-                state = steps.with_weights(state, load()) if load() else state
-                state = jax.device_put(state, parallel.state_shardings(state, mesh))
+                state = program.with_weights(state, load()) if load() else state
         epoch_length = order.steps_per_epoch(config, len(data.train.labels))
         with contextlib.closing(TrainingLog(config, epoch_length, folder.records, int(state.step))) as log:
-            hooks = stop, on_evaluation, on_checkpoint
-            session = Session(info, data, step, step_arrays, mesh, backend, folder, log, clock, *hooks)
+            session = Session(
+                info=info,
+                data=data,
+                step=step,
+                arrays=step_arrays,
+                mesh=mesh,
+                backend=backend,
+                folder=folder,
+                log=log,
+                clock=clock,
+                stop=stop,
+                on_evaluation=on_evaluation,
+                on_checkpoint=on_checkpoint,
+            )
             try:
                 return finish(session, train(session, state, profile))
             except Diverged as error:

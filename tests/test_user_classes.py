@@ -182,6 +182,7 @@ def test_a_resumed_run_is_bitwise_identical_and_its_export_too(name, few, fit_un
     resumed = fit_on_one(config, few, tmp_path / "stopped", resume=True)
     assert_same(full.state, resumed.state)
     assert (tmp_path / "full/metrics.jsonl").read_bytes() == (tmp_path / "stopped/metrics.jsonl").read_bytes()
+    assert_same(fit_on_one(config, few, tmp_path / "full", resume=True).state, full.state)  # it is finished
     loaded = fm.load_run(tmp_path / "full", config=config)
     assert_same(loaded.state, full.state)
     with pytest.raises(UserError, match="pass the file that defines it as --experiment"):

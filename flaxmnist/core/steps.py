@@ -4,14 +4,13 @@ Nothing here compiles, shards, donates or prints. ``config`` is static, everythi
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.tree_util import keystr, tree_map_with_path
@@ -68,16 +67,6 @@ def create_state(config: Config, shape: Sequence[int], classes: int) -> TrainSta
     )
 
 
-def with_weights(state: TrainState, weights: Mapping[str, Array | np.ndarray]) -> TrainState:
-    """Return the initial ``state`` with ``weights``, parameters and buffers by dotted name, in place of its own."""
-
-    def choose(path: Any, leaf: Any) -> Any:
-        return weights.get(dotted(path), leaf)
-
-    params, buffers = (tree_map_with_path(choose, tree) for tree in (state.params, state.buffers))
-    return replace(state, params=params, buffers=buffers, ema=state.ema and jax.tree.map(jnp.copy, params))
-
-
 def number_of_updates(config: Config) -> int:
     """Return how many updates a run of the length in ``config`` makes."""
     return config.train.length // getattr(config.optimizer, "accumulate", 1)
@@ -93,7 +82,14 @@ def make_optimizer(config: Config, kernels: dict[Path, Kernel]) -> optax.Gradien
 
 def unless_frozen(config: Config, tree: Any, frozen: Any) -> Any:
     """Return ``tree``, nested dicts like the parameters, but for frozen parameters the arrays of ``frozen``."""
+    if not config.train.frozen:
+        return tree
     return tree_map_with_path(lambda path, a, b: b if is_frozen(config, dotted(path)) else a, tree, frozen)
+
+
+def zero_frozen(config: Config, gradients: Any) -> Any:
+    """Return ``gradients`` with zeros for frozen parameters."""
+    return unless_frozen(config, gradients, jax.tree.map(jnp.zeros_like, gradients))
 
 
 def is_frozen(config: Config, name: str) -> bool:
@@ -187,8 +183,7 @@ def gradient(
 
     gradients, (totals, extra, buffers) = jax.grad(loss, has_aux=True)(params)
     gradients, totals, extra = sum_over_devices((gradients, totals, extra), axis_name)
-    gradients = unless_frozen(config, gradients, jax.tree.map(jnp.zeros_like, gradients))
-    return Gradient(gradients, totals, mean_over_devices(buffers, axis_name), extra)
+    return Gradient(zero_frozen(config, gradients), totals, mean_over_devices(buffers, axis_name), extra)
 
 
 def mean_over_devices(buffers: Any, axis_name: str | None) -> Any:
@@ -204,8 +199,7 @@ def update(config: Config, state: TrainState, gradient: Gradient) -> tuple[Train
 
     Return also the metrics before the update. A step that is not finite may be left out, see ``train.skip_nonfinite``.
     """
-    totals, gradients = gradient.totals, gradient.params
-    gradients = unless_frozen(config, gradients, jax.tree.map(jnp.zeros_like, gradients))
+    totals, gradients = gradient.totals, zero_frozen(config, gradient.params)
     norm = optax.tree.norm(gradients)
     extra = gradient.extra | learning_rate(config, state)
     unchanged = state = replace(state, step=state.step + 1)

@@ -3,7 +3,8 @@
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -56,6 +57,18 @@ def make_deterministic() -> None:
 def initial_state(config: Config, data: Dataset, mesh: Mesh) -> TrainState:
     """Return the state before the first step, sharded as in training."""
     return _jit_create_state(config, data.train.images.shape[1:], data.classes, mesh)()
+
+
+def with_weights(state: TrainState, weights: Mapping[str, np.ndarray]) -> TrainState:
+    """Return the initial ``state`` with ``weights``, parameters and buffers by dotted name, in place of its own."""
+
+    def choose(path: Any, leaf: Array) -> Array:
+        name = steps.dotted(path)
+        sharding: Any = leaf.sharding
+        return parallel.put(weights[name], sharding) if name in weights else leaf
+
+    params, buffers = (jax.tree_util.tree_map_with_path(choose, tree) for tree in (state.params, state.buffers))
+    return replace(state, params=params, buffers=buffers, ema=state.ema and jax.tree.map(jnp.copy, params))
 
 
 def state_shapes(config: Config, data: Dataset, mesh: Mesh) -> TrainState:

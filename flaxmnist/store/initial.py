@@ -1,7 +1,7 @@
 """The weights that training starts from, if they are those of another run or of a module in memory."""
 
+import numpy as np
 from flax import nnx
-from jaxtyping import Array
 
 from flaxmnist import fields
 from flaxmnist.config import Config
@@ -13,7 +13,7 @@ from flaxmnist.errors import UserError
 from flaxmnist.store.load import load_checkpoint
 
 
-def load_initial(config: Config, data: Dataset, initial: nnx.Module | None = None) -> dict[str, Array]:
+def load_initial(config: Config, data: Dataset, initial: nnx.Module | None = None) -> dict[str, np.ndarray]:
     """Return the parameters and buffers to start from, by dotted name; none if the model draws its own.
 
     They are those of ``initial`` or of the newest checkpoint in ``train.start_from``: its averaged weights if it has
@@ -30,7 +30,7 @@ def load_initial(config: Config, data: Dataset, initial: nnx.Module | None = Non
         initial, resized = trained.model, {trained.data.classes: data.classes}
     source = "initial" if folder is None else f"train.start_from {folder}"
     _, *variables = split(initial)
-    weights = fields.flatten(variables[0]) | fields.flatten(variables[1])
+    weights = {name: np.asarray(leaf) for tree in variables for name, leaf in fields.flatten(tree).items()}
     state = steps.state_shapes(config, data.train.images.shape[1:], data.classes)
     expected = fields.flatten(state.params) | fields.flatten(state.buffers)
     if wrong := sorted(expected.keys() ^ weights.keys()):

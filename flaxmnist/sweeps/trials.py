@@ -15,7 +15,7 @@ from flaxmnist.console import Progress, logger
 from flaxmnist.core import steps
 from flaxmnist.core.state import Metrics, TrainState
 from flaxmnist.devices import evaluation
-from flaxmnist.devices.program import TrialProgram
+from flaxmnist.devices.program import TrialProgram, with_weights
 from flaxmnist.errors import Stopped
 from flaxmnist.loop.advance import Pace, advance
 from flaxmnist.loop.conditions import is_due, may_skip, next_due
@@ -48,10 +48,9 @@ class Trials:
         values = [[trial.fields[name] for name in names] for trial in padded]
         self.values = np.array(values, np.float32).reshape(program.size, len(names))
         self.state = program.create(self.seeds, self.values)
-        weights = load_initial(trials[0].config, trials[0].data)
-        if weights:
+        if weights := load_initial(trials[0].config, trials[0].data):
             stacked = {name: np.stack([array] * program.size) for name, array in weights.items()}
-            self.state = jax.device_put(steps.with_weights(self.state, stacked), program.trial_sharding)
+            self.state = with_weights(self.state, stacked)
         self.arrays = program.arrays(self.configs, trials[0].data)
         self.curves: list[list[Point]] = [[] for _ in trials]
         self.validation: list[dict[str, float] | None] = [None for _ in trials]  # scores of the last evaluation
