@@ -10,12 +10,14 @@ from flaxmnist.core.steps import (
     forward,
     gradient,
     sum_over_devices,
+    take_batch,
     train_step,
     train_steps,
     update,
 )
+from flaxmnist.data.order import batch_indices, resolve_length
 from flaxmnist.data.sets import Dataset, Split, load_data
-from flaxmnist.devices.evaluation import Evaluation, evaluate, predict
+from flaxmnist.devices.evaluation import Evaluation, evaluate, predict, predict_logits
 from flaxmnist.experiment import load_experiment
 from flaxmnist.runs import fit
 from flaxmnist.show import plots
@@ -41,6 +43,7 @@ __all__ = [
     "Sweep",
     "TrainState",
     "augmented_images",
+    "batch_indices",
     "create_state",
     "evaluate",
     "evaluate_run",
@@ -53,8 +56,11 @@ __all__ = [
     "make_model",
     "plots",
     "predict",
+    "predict_logits",
+    "resolve_length",
     "sum_over_devices",
     "sweep",
+    "take_batch",
     "train_step",
     "train_steps",
     "update",

@@ -41,8 +41,10 @@ def test_training_starts_from_the_averaged_weights_of_a_run(teacher, few, tmp_pa
     rows = order.batch_indices(config, 70, 0, 1)[0]
     assert first_loss(run) == pytest.approx(fm.evaluate(state.model, *(a[rows] for a in few.train)).loss, rel=1e-5)
     assert json.loads((tmp_path / "run/config.json").read_text())["config"]["train"]["start_from"] == str(teacher)
-    same = fit_on_one(replace(config, train=replace(config.train, start_from=None)), few, initial=state.model)
+    initial = state.model
+    same = fit_on_one(replace(config, train=replace(config.train, start_from=None)), few, initial=initial)
     assert_same(same.state, run.state)
+    assert fm.evaluate(initial, *few.test).count == 45, "its arrays are not donated"
 
 
 @pytest.mark.slow

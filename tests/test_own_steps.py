@@ -119,12 +119,25 @@ def test_distillation(few, tmp_path):
 def test_norms_of_layers_are_recorded(few):
     run = fit_on_one(small("mlp", steps=3), few, **read_experiment(EXAMPLES / "layer_norms.py").options)
     for record in train_records(run):
-        assert record["gradient_norm"] == pytest.approx(record["gradient_norm/layers"], rel=1e-6)
+        norms = [record[f"gradient_norm/layers.{index}"] for index in range(2)]
+        assert record["gradient_norm"] == pytest.approx(np.hypot(*norms), rel=1e-6)
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.stem)
 def test_an_example_is_short(file):
     assert len(file.read_text().splitlines()) <= 25
+
+
+def test_a_step_may_augment_the_images_itself(few):
+    """Images of zeros leave only the biases to train."""
+
+    def step(config, state, batch, arrays, *, axis_name=None):
+        zeros = jnp.zeros(batch.images.shape)
+        gradient = fm.gradient(config, state, state.params, batch, images=zeros, axis_name=axis_name)
+        return fm.update(config, state, gradient)
+
+    params = fit_on_one(small(steps=3), few, step=step).state.params["dense"]
+    assert params["bias"].any() and not params["kernel"].any()
 
 
 # --- Experiment files -----------------------------------------------------------------------------------------------
@@ -174,8 +187,13 @@ def with_mistake(mistake):
                 return replace(state, params=params), metrics
             case "metric":
                 return state, metrics._replace(extra={"weights": batch.weights})
+            case "losses":
+                function = lambda logits, batch: logits.mean()  # noqa: E731
+                return fm.update(config, state, fm.gradient(config, state, state.params, batch, losses=function))
 
-    return step
+    def without_axis_name(config, state, batch, arrays): ...
+
+    return without_axis_name if mistake == "arguments" else step
 
 
 @pytest.mark.parametrize(
@@ -183,6 +201,8 @@ def with_mistake(mistake):
     [
         ("no metrics", "the step must return a pair of TrainState and Metrics, as flaxmnist.update does"),
         ("shape", r"a state like its argument, but state\.params\['dense'\]\['bias'\] is float32 \[10\] before and"),
+        ("losses", r"losses must return one loss for each of 16 images, but returns the shape \[\]"),
+        ("arguments", r"step must take \(config, state, batch, arrays, \*, axis_name=None\)"),
         ("metric", r"scalar metrics, but metrics\.extra\['weights'\] has shape \[16\]"),
     ],
 )

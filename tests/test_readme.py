@@ -19,10 +19,10 @@ ASSERTIONS = """
 assert run.history[-1]["step"] == 520
 assert run.history[-1]["accuracy"] > 0.95
 assert len(classes) == len(probabilities) == 360
-assert logits.shape == (5, 10)
+assert logits.shape == (360, 10) and losses.shape == (360,) and float(losses.mean()) < 2.2
 assert len(sweep.members) == 24 and len(sweep.groups) == 3
 assert picture.axes[0].get_xlabel() == "optimizer.learning_rate"
-assert abs(float(metrics.batch.loss / metrics.batch.images) - 2.3026) < 1e-4
+assert int(state.step) == 20 and float(metrics.batch.loss / metrics.batch.images) < 2.2
 """
 
 

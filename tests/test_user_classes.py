@@ -282,6 +282,20 @@ def test_optimizer_schedule_and_loss_may_be_your_own(few, tmp_path):
     assert_same(fit_on_one(small(optimizer=SGD(schedule=Halving())), few).state.step, jnp.int32(20))
 
 
+@dataclass(frozen=True)
+class Column:
+    """A loss of the wrong shape."""
+
+    def losses(self, logits, labels):
+        return logits[:, :1]
+
+
+def test_a_loss_of_the_wrong_shape_is_an_error(few, tmp_path):
+    with pytest.raises(UserError, match=r"one loss for each of 16 images, but returns the shape \[16, 1\]"):
+        fit_on_one(replace(small(), objective=Column()), few, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # --- Layers ---------------------------------------------------------------------------------------------------------
 
 

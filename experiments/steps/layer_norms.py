@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import optax
+from jax.tree_util import keystr, tree_leaves_with_path
 
 import flaxmnist as fm
 
@@ -11,5 +12,8 @@ config = replace(fm.load_experiment("quickstart"), name="layer_norms")
 
 def step(config, state, batch, arrays, *, axis_name=None):
     gradient = fm.gradient(config, state, state.params, batch, axis_name=axis_name)
-    norms = {f"gradient_norm/{layer}": optax.tree.norm(values) for layer, values in gradient.params.items()}
+    layers = {}
+    for path, leaf in tree_leaves_with_path(gradient.params):
+        layers.setdefault(keystr(path[:-1], simple=True, separator="."), []).append(leaf)
+    norms = {f"gradient_norm/{layer}": optax.tree.norm(leaves) for layer, leaves in layers.items()}
     return fm.update(config, state, gradient._replace(extra=gradient.extra | norms))

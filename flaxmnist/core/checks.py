@@ -1,5 +1,6 @@
 """Checks of what a user brings, by its shapes, before anything is compiled or written."""
 
+import inspect
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from flaxmnist.config import MODELS, Config
+from flaxmnist.config import MODELS, OBJECTIVES, Config
 from flaxmnist.core import layers, steps
 from flaxmnist.core.state import Metrics, TrainState
 from flaxmnist.data.sets import Dataset, Split
@@ -17,14 +18,14 @@ from flaxmnist.errors import UserError
 
 
 def check(config: Config, data: Dataset, step: steps.Step, arrays: Any, num_shards: int) -> None:
-    """Raise UserError if a model or a step of the user's, or a name in ``train.frozen``, does not fit.
+    """Raise UserError if a model, a loss or a step of the user's, or a name in ``train.frozen``, does not fit.
 
     Batches are trained in ``num_shards`` shards; ``arrays`` are those of the step.
     """
     state = steps.state_shapes(config, data.train.images.shape[1:], data.classes)
     if not isinstance(config.model, MODELS):
         check_model(config, state, data.train, data.classes, num_shards)
-    if step is not steps.train_step:
+    if step is not steps.train_step or not isinstance(config.objective, OBJECTIVES):
         check_step(config, state, data.train, step, arrays)
     if config.train.frozen:
         check_frozen(config, state.params)
@@ -52,6 +53,10 @@ def check_model(config: Config, state: TrainState, train: Split, classes: int, n
 
 def check_step(config: Config, state: TrainState, train: Split, step: steps.Step, arrays: Any) -> None:
     """Raise UserError if a ``step`` of the user's does not return a state like its argument, and scalar metrics."""
+    try:
+        inspect.signature(step).bind(config, state, train, arrays, axis_name=None)
+    except TypeError as error:
+        raise UserError(f"step must take (config, state, batch, arrays, *, axis_name=None): {error}") from None
     batch = jax.eval_shape(steps.take_batch, *train, jax.ShapeDtypeStruct((config.train.batch_size,), jnp.int32))
     output = jax.eval_shape(partial(step, config), state, batch, arrays)
     if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Metrics)):

@@ -158,16 +158,20 @@ def gradient(
     params: Any,
     batch: Batch,
     *,
+    images: Float[Array, "b h w c"] | None = None,
     losses: Losses | None = None,
     axis_name: str | None = None,
 ) -> Gradient:
     """Return the gradient of the batch's mean objective at ``params``, with the augmentation and dropout of the step.
 
-    ``losses(logits, batch)`` returns the objective of each image from its logits and the augmented batch (None: that of
-    the config). For ``axis_name`` see ``train_step``.
+    ``images`` are the augmented images (None: ``augmented_images`` of the batch). ``losses(logits, batch)`` returns the
+    objective of each image from its logits and the augmented batch (None: that of the config). For ``axis_name`` see
+    ``train_step``.
     """
-    images = sum_over_devices(jnp.sum(batch.weights), axis_name)
-    batch = batch._replace(images=augmented_images(config, batch.images, state.step, axis_name=axis_name))
+    count = sum_over_devices(jnp.sum(batch.weights), axis_name)
+    if images is None:
+        images = augmented_images(config, batch.images, state.step, axis_name=axis_name)
+    batch = batch._replace(images=images)
     plain = losses is None and objective.is_cross_entropy(config.objective)
 
     def loss(params):
@@ -175,11 +179,14 @@ def gradient(
         # Padding must not affect the sums and the gradient, even if its loss is not finite.
         logits = jnp.where(batch.weights[:, None] > 0, logits, 0)
         values = losses(logits, batch) if losses else config.objective.losses(logits, batch.labels)
+        if values.shape != batch.labels.shape:
+            expected = f"one loss for each of {len(logits)} images"
+            raise UserError(f"losses must return {expected}, but returns the shape {list(values.shape)}")
         reported = values if plain else objective.cross_entropy(Objective(), logits, batch.labels)
         total, correct = jnp.sum(values * batch.weights), objective.correct(logits, batch.labels)
         counted = (jnp.sum(reported * batch.weights), jnp.sum(correct * batch.weights), jnp.sum(batch.weights))
-        extra = {} if plain else {"objective": total / images}
-        return total / images, (Totals(*counted), extra, buffers)
+        extra = {} if plain else {"objective": total / count}
+        return total / count, (Totals(*counted), extra, buffers)
 
     gradients, (totals, extra, buffers) = jax.grad(loss, has_aux=True)(params)
     gradients, totals, extra = sum_over_devices((gradients, totals, extra), axis_name)

@@ -25,12 +25,15 @@ def load_initial(config: Config, data: Dataset, initial: nnx.Module | None = Non
         return {}
     if folder is not None and initial is not None:
         raise UserError("both train.start_from and initial are given: pass only one of them")
+    if initial is not None and not isinstance(initial, nnx.Module):
+        raise UserError(f"initial must be an nnx.Module, such as run.model, but is a {type(initial).__name__}")
     if initial is None:
         trained = load_checkpoint(str(folder), config=config)
         initial, resized = trained.model, {trained.data.classes: data.classes}
     source = "initial" if folder is None else f"train.start_from {folder}"
     _, *variables = split(initial)
-    weights = {name: np.asarray(leaf) for tree in variables for name, leaf in fields.flatten(tree).items()}
+    # Copies, because training donates its arrays.
+    weights = {name: np.array(leaf) for tree in variables for name, leaf in fields.flatten(tree).items()}
     state = steps.state_shapes(config, data.train.images.shape[1:], data.classes)
     expected = fields.flatten(state.params) | fields.flatten(state.buffers)
     if wrong := sorted(expected.keys() ^ weights.keys()):

@@ -58,7 +58,7 @@ def classes_of(config: Config | None) -> set[type]:
     return set() if config is None else fields.user_classes(config)
 
 
-def load_checkpoint(workdir: str | Path, which: str = "latest", config: Config | None = None) -> Trained:
+def load_checkpoint(workdir: str | Path, which: str | int = "latest", config: Config | None = None) -> Trained:
     """Load the checkpoint ``which`` of the run in ``workdir``: "latest", "best" or a step.
 
     Only the run folder is needed, and for a model of your own any ``config`` with its class. Raise UserError if it has
@@ -68,7 +68,7 @@ def load_checkpoint(workdir: str | Path, which: str = "latest", config: Config |
 
     check_local(workdir)
     folder = Path(workdir)
-    saved = manifest.find(folder / "checkpoints", which)
+    saved = manifest.find(folder / "checkpoints", str(which))
     run = read_run_info(folder, saved, classes_of(config))
     if saved is None:
         raise UserError(f"{folder} has no intact checkpoint: continue training with --resume")
@@ -79,7 +79,7 @@ def load_checkpoint(workdir: str | Path, which: str = "latest", config: Config |
     return Trained(run.config, restore(folder / "checkpoints", saved.step, like), run.data)
 
 
-def load_run(workdir: str | Path, which: str = "latest", *, config: Config | None = None) -> Run:
+def load_run(workdir: str | Path, which: str | int = "latest", *, config: Config | None = None) -> Run:
     """Load the run in ``workdir`` with the checkpoint ``which``: "latest", "best" or a step.
 
     Only the run folder is needed, and for a model of your own any ``config`` with its class. Raise UserError if it has
@@ -94,7 +94,7 @@ def load_run(workdir: str | Path, which: str = "latest", *, config: Config | Non
 
 def evaluate_run(
     workdir: str | Path,
-    which: str = "latest",
+    which: str | int = "latest",
     split: str = "test",
     data_dir: str | Path | None = None,
     config: Config | None = None,
