@@ -234,7 +234,9 @@ class Reader(NamedTuple):
         name = values.get("kind", first if field.open and field.open.default else None) if len(kinds) > 1 else first
         if name not in list(kinds):  # it may be unhashable
             if field.open and ":" in str(name):
-                raise UnknownClass(f"{path} is {name}: pass the file that defines it as --experiment")
+                others = f" (this one defines {', '.join(self.classes)})" if self.classes else ""
+                remedy = f"pass the file that defines it as --experiment{others}, or in Python its config"
+                raise UnknownClass(f"{path} is {name}: {remedy}")
             raise UserError(f"{path}.kind must be one of {', '.join(kinds)}, but is {name!r}")
         return self.build_dataclass(values, kinds[name], path, {"kind"} if len(kinds) > 1 else set())
 

@@ -185,6 +185,8 @@ def with_mistake(mistake):
             case "shape":
                 params = jax.tree.map(lambda leaf: leaf[:5], state.params)
                 return replace(state, params=params), metrics
+            case "name":
+                return state, metrics._replace(extra={"accuracy": metrics.batch.loss})
             case "metric":
                 return state, metrics._replace(extra={"weights": batch.weights})
             case "losses":
@@ -201,6 +203,7 @@ def with_mistake(mistake):
     [
         ("no metrics", "the step must return a pair of TrainState and Metrics, as flaxmnist.update does"),
         ("shape", r"a state like its argument, but state\.params\['dense'\]\['bias'\] is float32 \[10\] before and"),
+        ("name", r"metrics\.extra has 'accuracy', which every record has already"),
         ("losses", r"losses must return one loss for each of 16 images, but returns the shape \[\]"),
         ("arguments", r"step must take \(config, state, batch, arrays, \*, axis_name=None\)"),
         ("metric", r"scalar metrics, but metrics\.extra\['weights'\] has shape \[16\]"),

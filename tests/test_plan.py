@@ -55,7 +55,7 @@ def test_trials_of_a_group_share_a_program(model, share_order, exact, groups, fe
         ({"model.dropout": [2.0]}, r"model.dropout must lie in \[0, 1\)"),
         ({"train.patience": [3]}, "cannot stop early|train.patience"),
         ({"train.batch_size": []}, "there is nothing to train"),
-        ({"train.steps": [None]}, "exactly one of train.steps and train.epochs must be set"),
+        ({"train.steps": [None], "train.epochs": [None]}, "exactly one of train.steps and train.epochs must be set"),
         ({"seed": [1, 2]}, "seed cannot be swept"),
     ],
 )

@@ -12,7 +12,7 @@ from flax import nnx
 
 import flaxmnist as fm
 from flaxmnist import fields
-from flaxmnist.config import SGD, Adam, Config, Data
+from flaxmnist.config import SGD, Adam, BaseOptimizer, Config, Data
 from flaxmnist.core import layers
 from flaxmnist.data.sets import Split
 from flaxmnist.errors import UserError
@@ -268,6 +268,22 @@ class Hinge:
     def losses(self, logits, labels):
         wrong = jnp.where(jax.nn.one_hot(labels, logits.shape[1]) > 0, -jnp.inf, logits).max(1)
         return jax.nn.relu(self.margin + wrong - jnp.take_along_axis(logits, labels[:, None], 1)[:, 0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signs(BaseOptimizer):
+    """The same, with the fields of all optimizers."""
+
+    def make(self, updates):
+        return optax.sign_sgd(self.schedule.make(self.learning_rate, updates))
+
+
+def test_an_optimizer_may_inherit_the_usual_fields(few):
+    run = fit_on_one(small(optimizer=Signs(learning_rate=0.01, schedule=Halving()), steps=4), few)
+    expected = fit_on_one(small(optimizer=SignDescent(), steps=4), few)
+    assert_same(run.state.params, expected.state.params)
+    rates = [record["learning_rate"] for record in run.history if record["split"] == "train"]
+    assert rates == pytest.approx([0.01, 0.01, 0.005, 0.005])
 
 
 def test_optimizer_schedule_and_loss_may_be_your_own(few, tmp_path):

@@ -16,6 +16,9 @@ from flaxmnist.core.state import Metrics, TrainState
 from flaxmnist.data.sets import Dataset, Split
 from flaxmnist.errors import UserError
 
+# Names in a record of a training step.
+RESERVED = {"step", "epoch", "split", "loss", "accuracy", "gradient_norm"}
+
 
 def check(config: Config, data: Dataset, step: steps.Step, arrays: Any, num_shards: int) -> None:
     """Raise UserError if a model, a loss or a step of the user's, or a name in ``train.frozen``, does not fit.
@@ -63,6 +66,8 @@ def check_step(config: Config, state: TrainState, train: Split, step: steps.Step
         raise UserError("the step must return a pair of TrainState and Metrics, as flaxmnist.update does")
     for path, message in differences(state, output[0]):
         raise UserError(f"the step must return a state like its argument, but state{path} {message}")
+    if taken := RESERVED & output[1].extra.keys():
+        raise UserError(f"metrics.extra has {min(taken)!r}, which every record has already: use another name")
     for path, leaf in tree_leaves_with_path(output[1]):
         if leaf.shape:
             raise UserError(

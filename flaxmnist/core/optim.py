@@ -38,6 +38,10 @@ def make_schedule(schedule: config.BuiltInSchedule, rate: ArrayLike, updates: in
         case config.Exponential(decay=decay, every=every):
             return optax.exponential_decay(rate, every, decay)
         case config.WarmupStableDecay(warmup=warmup, decay=decay, end=end):
+            if warmup + decay > 1:
+                raise UserError(
+                    f"optimizer.schedule: warmup {warmup} and decay {decay} are more than the run: make them shorter"
+                )
             rise, fall = round(warmup * updates), updates - round(decay * updates)
             up, down = optax.linear_schedule(0, rate, rise), optax.linear_schedule(rate, end * rate, updates - fall)
             return optax.join_schedules([up, optax.constant_schedule(rate), down], [rise, max(rise, fall)])

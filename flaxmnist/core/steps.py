@@ -16,7 +16,7 @@ from flax import nnx
 from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt8
 
-from flaxmnist.config import BaseOptimizer, Config, Flat, Objective
+from flaxmnist.config import Config, Flat, Objective, Optimizer
 from flaxmnist.core import layers, models, objective, optim
 from flaxmnist.core.augment import augment
 from flaxmnist.core.definition import Path, split
@@ -75,9 +75,9 @@ def number_of_updates(config: Config) -> int:
 def make_optimizer(config: Config, kernels: dict[Path, Kernel]) -> optax.GradientTransformation:
     """Return the optimizer of a model with these ``kernels`` for a run of the length in ``config``."""
     optimizer, updates = config.optimizer, number_of_updates(config)
-    if isinstance(optimizer, BaseOptimizer):
-        return optim.make_optimizer(optimizer, updates, kernels)
-    return optimizer.make(updates)
+    if isinstance(optimizer, Optimizer):  # of the user's; it may inherit fields from BaseOptimizer
+        return optimizer.make(updates)
+    return optim.make_optimizer(optimizer, updates, kernels)
 
 
 def unless_frozen(config: Config, tree: Any, frozen: Any) -> Any:
@@ -208,7 +208,7 @@ def update(config: Config, state: TrainState, gradient: Gradient) -> tuple[Train
     """
     totals, gradients = gradient.totals, zero_frozen(config, gradient.params)
     norm = optax.tree.norm(gradients)
-    extra = gradient.extra | learning_rate(config, state)
+    extra = learning_rate(config, state) | gradient.extra
     unchanged = state = replace(state, step=state.step + 1)
     updates, opt_state = make_optimizer(config, state.kernels).update(gradients, state.opt_state, state.params)
     params = unless_frozen(config, optax.apply_updates(state.params, updates), state.params)
@@ -225,16 +225,17 @@ def update(config: Config, state: TrainState, gradient: Gradient) -> tuple[Train
 
 
 def learning_rate(config: Config, state: TrainState) -> dict[str, Float[Array, ""]]:
-    """Return the learning rate of the next update by name; nothing for an optimizer without a known schedule."""
-    optimizer = config.optimizer
-    if not isinstance(optimizer, BaseOptimizer):
+    """Return the learning rate of the next update by name; nothing for an optimizer without field ``learning_rate``."""
+    rate, schedule = (getattr(config.optimizer, name, None) for name in ("learning_rate", "schedule"))
+    if rate is None:
         return {}
-    if isinstance(optimizer.schedule, Flat):
-        return {"learning_rate": jnp.asarray(optimizer.learning_rate, jnp.float32)}
-    # Optax's own count of updates: fewer than steps, if gradients are accumulated or steps are skipped.
-    counts = optim.schedule_counts(state.opt_state)
-    schedule = optimizer.schedule.make(optimizer.learning_rate, number_of_updates(config))
-    return {"learning_rate": jnp.asarray(schedule(counts[0]), jnp.float32)} if counts else {}
+    if schedule is not None and not isinstance(schedule, Flat):
+        # Optax's own count of updates: fewer than steps, if gradients are accumulated or steps are skipped.
+        counts = optim.schedule_counts(state.opt_state)
+        if not counts:
+            return {}
+        rate = schedule.make(rate, number_of_updates(config))(counts[0])
+    return {"learning_rate": jnp.asarray(rate, jnp.float32)}
 
 
 @runtime_checkable

@@ -87,7 +87,8 @@ def split_files(files: Files, data: Data) -> Dataset:
     largest = int(train.labels.max())
     class_names = files.class_names or tuple(map(str, range(largest + 1)))
     if len(class_names) <= largest:
-        raise UserError(f"{data.name} has labels up to {largest}, but {len(class_names)} class names: name them all")
+        labels = f"labels up to {largest}, but {len(class_names)} class names"
+        raise UserError(f"{data.name} has {labels}: name them all, and count labels from 0")
     if test.images.shape[1:] != train.images.shape[1:]:
         sizes = f"training images are {size(train.images)}, test images {size(test.images)}"
         raise UserError(f"{data.name}: {sizes}: make them the same size")

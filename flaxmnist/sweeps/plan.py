@@ -85,6 +85,9 @@ def plan_trials(
             if not all(isinstance(item, bool | int | float | str | None) for item in items):
                 raise UserError(f"the values of {name} must be numbers, words, None or tuples of them, not {value!r}")
             config = fields.replace(config, name, value, check=False)
+        for given, other in (("train.steps", "train.epochs"), ("train.epochs", "train.steps")):
+            if given in setting and other not in setting:
+                config = fields.replace(config, other, None, check=False)
         if share_order:
             config = fields.replace(config, "data.order_seed", seeds[0], check=False)
         # Checked only when all values are set, because some are only valid together.
