@@ -59,6 +59,12 @@ def test_no_images_are_an_error(digits):
         fm.predict(model, digits.test.images[:0])
 
 
+@pytest.mark.parametrize(("model", "noun"), [(fm.CNN, "3 channels, but the weights need 1"), (fm.MLP, "2352 values")])
+def test_images_of_another_shape_are_an_error(model, noun, digits):
+    with pytest.raises(UserError, match=f"the images have {noun}"):
+        fm.predict(model(rngs=nnx.Rngs(0)), digits.test.images[:2].repeat(3, axis=3))
+
+
 def test_predict_returns_classes_and_probabilities(digits):
     model = fm.CNN(features=(2,), kernel=(3,), dense=8, rngs=nnx.Rngs(0))
     classes, probabilities = fm.predict(model, digits.test.images[:7])

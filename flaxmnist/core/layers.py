@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from flaxmnist import config, fields
 from flaxmnist.core.definition import BatchKey
+from flaxmnist.errors import UserError
 
 Padding = Literal["SAME", "VALID"]
 # The standard deviation of a standard normal distribution truncated at ±2.
@@ -76,6 +77,12 @@ def space_to_depth(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b h2 
     return blocks.reshape(*blocks.shape[:3], side * side * c)
 
 
+def check_inputs(noun: str, count: int, needed: int) -> None:
+    """Raise UserError if images have another number of values or channels than the weights need."""
+    if count != needed:
+        raise UserError(f"the images have {count} {noun}, but the weights need {needed}: use images of the same shape")
+
+
 class Dense(nnx.Module):
     """y = x·Wᵀ + b, with W of shape [outputs, inputs] and b of shape [outputs].
 
@@ -96,6 +103,7 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(bias_init(rngs.params(), (outputs,), jnp.float32))
 
     def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b o"]:
+        check_inputs("values", x.shape[1], self.kernel.shape[1])
         return x @ self.kernel[...].T + self.bias[None, :]
 
 
@@ -119,6 +127,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w i"], *, pool: bool = False) -> Float[Array, "b h2 w2 o"]:
         """Convolve ``x``; with ``pool``, also apply 2×2 max-pooling."""
+        check_inputs("channels", x.shape[3], self.kernel.shape[2])
         x = convolve(x, self.kernel[...], self.padding)
         # Adding the bias after pooling gives the same values with a quarter of the additions.
         return (max_pool(x) if pool else x) + self.bias[None, None, None, :]
