@@ -31,7 +31,7 @@ class Totals(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """What one batch says about the weights; the same on every device."""
+    """The gradient and the metrics of one batch; the same on every device."""
 
     params: Any  # gradient of the batch's mean objective, as nested dicts
     totals: Totals  # of the batch

@@ -34,7 +34,7 @@ MAX_TRIALS = 100_000
 
 
 class Experiment(NamedTuple):
-    """What a sweep trains."""
+    """A config to sweep, with its data and its step."""
 
     config: Config
     data: Dataset
