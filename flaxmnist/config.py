@@ -354,6 +354,7 @@ class Train:
     start_from: str | None = None  # run folder whose weights to start from; None: the model's initial values
     frozen: tuple[str, ...] = ()  # names of parameters or layers that are not trained, such as "convs" or "convs.0"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype inside a training step; weights stay float32
+    convolution: Literal["auto", "direct", "winograd"] = "auto"  # algorithm; auto: the fastest, see core/convolution.py
     ema_decay: BelowOne | None = None  # decay per step of the average of the weights for evaluation; None: no average
     monitor: str = "accuracy"  # validation metric of the best checkpoint and of patience, see core/metrics.py
     stop_accuracy: AboveZero | None = None  # stop at this validation accuracy, a fraction; None: never

@@ -120,6 +120,7 @@ CHANGES = {
         "train.patience": 1,
     },
     "cnn": {
+        "train.convolution": "winograd",
         "model.features": (2, 2),
         "model.kernel": (5,),
         "model.space_to_depth": 2,

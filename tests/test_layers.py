@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import slow
 from flax import nnx
 
 from flaxmnist import config
@@ -31,39 +30,6 @@ def test_output_size(size, window, padding, stride, expected):
     assert layers.output_size(size, window, padding, stride) == expected
 
 
-def assert_gradients_match_lax(x, kernel, padding, stride, normal):
-    """Compare a convolution with jax's own bitwise, and its gradients with jax's up to rounding."""
-    layout = ("NHWC", "HWIO", "NHWC")
-
-    def reference(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=layout)
-
-    expected, expected_vjp = jax.vjp(reference, x, kernel)
-    actual, actual_vjp = jax.vjp(lambda x, kernel: layers.convolve(x, kernel, padding, stride), x, kernel)
-    side = layers.output_size(x.shape[1], kernel.shape[0], padding, stride)
-    assert actual.shape == (len(x), side, side, kernel.shape[3])
-    np.testing.assert_array_equal(actual, expected)
-    dy = normal(*actual.shape)
-    for gradient, expected_gradient in zip(actual_vjp(dy), expected_vjp(dy), strict=True):
-        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
-@pytest.mark.parametrize("window", [slow(1), 2, slow(3), 5])
-@pytest.mark.parametrize("size", [7, 8])
-def test_convolve_and_its_gradients_match_lax(size, window, padding, stride, normal):
-    x, kernel = normal(3, size, size, 2), normal(window, window, 2, 4)
-    assert_gradients_match_lax(x, kernel, padding, stride, normal)
-
-
-@pytest.mark.parametrize(("count", "padding", "stride"), [(10, "SAME", 1), (25, "SAME", 1), (111, "VALID", 2)])
-def test_gradients_of_large_batches_match_lax(count, padding, stride, normal):
-    """On CPU the kernel gradient is summed in groups of images, on accelerators at once, as for 10 images here."""
-    x, kernel = normal(count, 8, 8, 2), normal(3, 3, 2, 4)
-    assert_gradients_match_lax(x, kernel, padding, stride, normal)
-
-
 def test_pooling_before_and_after_the_bias_are_identical(normal):
     conv = layers.Conv(2, 3, 3, bias_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(0))
     x = normal(2, 7, 7, 2)
@@ -77,14 +43,6 @@ def test_space_to_depth_turns_each_block_into_one_pixel():
     np.testing.assert_array_equal(blocks[0, 0, 0], [0, 1, 5, 6])
     np.testing.assert_array_equal(blocks[0, 1, 2], [14, 0, 19, 0])
     np.testing.assert_array_equal(layers.space_to_depth(image, 1), image)
-
-
-def test_kernel_gradient_counts_every_image_once():
-    """The kernel gradient is summed in groups, which need not divide the batch."""
-    kernel = jnp.zeros((3, 3, 1, 1))
-    for count in (1, 9, 10, 11, 23):
-        gradient = jax.grad(lambda k, n=count: layers.convolve(jnp.ones((n, 3, 3, 1)), k, "VALID").sum())(kernel)
-        np.testing.assert_array_equal(gradient, jnp.full((3, 3, 1, 1), count))
 
 
 @pytest.mark.parametrize("side", [4, 5, 7])

@@ -13,6 +13,7 @@ from flax import nnx
 import flaxmnist as fm
 from flaxmnist import config
 from flaxmnist.core import layers, models
+from flaxmnist.core.convolution import convolve
 from flaxmnist.core.steps import stream_key
 from flaxmnist.errors import UserError
 
@@ -67,7 +68,7 @@ def test_first_weights_are_the_factors_of_the_pixels(network):
     dot = jnp.zeros((1, 28, 28, 1)).at[0, 3, 4, 0].set(1.0)
     if isinstance(model, fm.CNN):
         assert (count, side) == (4, 6)
-        output = layers.convolve(layers.space_to_depth(dot, 2), model.convs[0].kernel[...], "VALID")
+        output = convolve(layers.space_to_depth(dot, 2), model.convs[0].kernel[...], "VALID")
         np.testing.assert_allclose(output[0, 0, 1], weights[:, 3, 2], rtol=1e-6)
     else:
         layer = model.dense if isinstance(model, fm.Softmax) else model.layers[0]

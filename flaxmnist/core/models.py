@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 
 from flaxmnist import config
 from flaxmnist.core import layers
+from flaxmnist.core.convolution import Form, set_form
 from flaxmnist.core.definition import split
 from flaxmnist.core.layers import Images
 from flaxmnist.errors import UserError
@@ -147,25 +149,30 @@ def arguments(model: config.SoftmaxConfig | config.MLPConfig | config.CNNConfig)
     return vars(model) | initial
 
 
-def make_model(model: config.Model, shape: Sequence[int], classes: int, rngs: nnx.Rngs) -> nnx.Module:
+def make_model(
+    model: config.Model, shape: Sequence[int], classes: int, rngs: nnx.Rngs, convolution: Form = "auto"
+) -> nnx.Module:
     """Return the module that ``model`` describes, for images of ``shape`` (height, width, channels).
 
-    Without channels, there is one. Raise UserError if it makes anything else.
+    Without channels, there is one. ``convolution`` is the form of its convolutions, ``train.convolution`` in a config.
+    Raise UserError if ``model`` makes anything else.
     """
     module = model.make((*shape, 1)[:3], classes, rngs)
     if not isinstance(module, nnx.Module):
         raise UserError(f"{type(model).__name__}.make must return an nnx.Module, but returned {type(module).__name__}")
+    set_form(module, convolution)
     return module
 
 
 def with_weights(
-    model: config.Model, shape: Sequence[int], classes: int, weights: Mapping[str, np.ndarray]
+    config: config.Config, shape: Sequence[int], classes: int, weights: Mapping[str, np.ndarray]
 ) -> nnx.Module:
-    """Return the module of ``make_model`` with the given ``weights``, named by dotted paths such as "convs.0.kernel".
+    """Return the module of ``config`` with the given ``weights``, named by dotted paths such as "convs.0.kernel".
 
     They are parameters and buffers. Raise UserError if names, shapes or dtypes differ from those of the module.
     """
-    definition, *variables = jax.eval_shape(lambda: split(make_model(model, shape, classes, nnx.Rngs(0))))
+    make = partial(make_model, config.model, shape, classes, convolution=config.train.convolution)
+    definition, *variables = jax.eval_shape(lambda: split(make(rngs=nnx.Rngs(0))))
     leaves, tree = jax.tree_util.tree_flatten_with_path(tuple(variables))
     expected = {jax.tree_util.keystr(path[1:], simple=True, separator="."): leaf for path, leaf in leaves}
     if wrong := sorted(expected.keys() ^ weights.keys()):

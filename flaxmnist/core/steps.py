@@ -35,11 +35,6 @@ Losses = Callable[[Float[Array, "b classes"], Batch], Float[Array, " b"]]
 SHARED = (nnx.BatchNorm, layers.Dropout)
 
 
-def is_slow(_: Any, module: Any) -> bool:
-    """Return True for an ``nnx.Conv`` with XLA's own gradient, which is slow within a loop on CPU."""
-    return isinstance(module, nnx.Conv) and module.conv_general_dilated is jax.lax.conv_general_dilated
-
-
 def stream_key(seed: int | Int[Array, ""], stream: str, step: int | Int[Array, ""] = 0) -> PRNGKeyArray:
     """Return the random key of one of STREAMS at one step."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream)), step)
@@ -54,7 +49,8 @@ def state_shapes(config: Config, shape: tuple[int, ...], classes: int) -> TrainS
 def create_state(config: Config, shape: Sequence[int], classes: int) -> TrainState:
     """Return the state before the first step, for images of ``shape`` (height, width, channels)."""
     init = stream_key(config.seed, "init")
-    module = models.make_model(config.model, shape, classes, nnx.Rngs(default=jax.random.fold_in(init, 1), params=init))
+    rngs = nnx.Rngs(default=jax.random.fold_in(init, 1), params=init)
+    module = models.make_model(config.model, shape, classes, rngs, config.train.convolution)
     definition, params, buffers = split(module)
     return TrainState(
         definition=definition,
@@ -140,7 +136,6 @@ def forward(
     set_attributes = partial(model.set_attributes, raise_if_not_found=False)
     set_attributes(SHARED, axis_name=axis_name)
     set_attributes(layers.BatchNorm, weights=weights)
-    set_attributes(is_slow, conv_general_dilated=layers.conv_general_dilated)
     logits = model(images.astype(dtype)).astype(jnp.float32)
     set_attributes(layers.BatchNorm, weights=None)
     _, _, buffers = split(model)

@@ -289,16 +289,21 @@ def train_logits(config: Config, state: TrainState, images: Array) -> Float[Arra
 class StepCost(NamedTuple):
     """The cost of one training step."""
 
-    operations: float  # floating-point operations
+    operations: float  # floating-point operations with direct convolutions, whatever form they have
     bytes: int  # temporary memory, in addition to state and images
 
 
 def step_cost(config: Config, data: Dataset) -> StepCost:
     """Return XLA's cost estimate for one step of ``config``, whose length must be in steps."""
+    direct = fields.replace(config, "train.convolution", "direct")
+    operations = (lower_step(direct, data).cost_analysis() or {}).get("flops", math.nan)
+    memory = lower_step(config, data).compile().memory_analysis()
+    return StepCost(operations, 0 if memory is None else memory.temp_size_in_bytes)
+
+
+def lower_step(config: Config, data: Dataset) -> jax.stages.Lowered:
+    """Return one training step, lowered but not compiled."""
     state = steps.state_shapes(config, data.train.images.shape[1:], data.classes)
     indices = jax.ShapeDtypeStruct((config.train.batch_size,), np.int32)
     batch = jax.eval_shape(steps.take_batch, *data.train, indices)
-    lowered = jax.jit(partial(steps.train_step, config), donate_argnums=0).lower(state, batch)
-    memory = lowered.compile().memory_analysis()
-    operations = (lowered.cost_analysis() or {}).get("flops", math.nan)
-    return StepCost(operations, 0 if memory is None else memory.temp_size_in_bytes)
+    return jax.jit(partial(steps.train_step, config), donate_argnums=0).lower(state, batch)

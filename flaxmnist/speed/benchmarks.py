@@ -37,7 +37,7 @@ from flaxmnist.store.provenance import versions
 from flaxmnist.store.result import peak_memory
 
 # Target duration of one timing in seconds, and the number of timings.
-STRETCH_SECONDS = 0.5
+STRETCH_SECONDS = 1.0
 ROUNDS = 5
 
 # Side of the square matrices whose product measures the peak rate of the device.

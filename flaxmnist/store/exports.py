@@ -20,6 +20,7 @@ from jaxtyping import Float, UInt8
 from flaxmnist import fields
 from flaxmnist.config import Config, Data
 from flaxmnist.core import models
+from flaxmnist.core.convolution import set_form
 from flaxmnist.core.layers import normalise
 from flaxmnist.devices import evaluation
 from flaxmnist.errors import UserError, check_local
@@ -97,6 +98,9 @@ def stablehlo(model: nnx.Module, shape: tuple[int, ...]) -> bytes:
     """Return the program that maps images, uint8 [n, *shape], to logits, float32 [n, classes], for any n ≥ 1."""
     from jax import export
 
+    # Winograd's form is for CPU only, and many more operations for readers of the file.
+    set_form(model, "direct")
+
     def logits(images):
         return model(normalise(images))  # pyright: ignore[reportCallIssue]
 
@@ -168,8 +172,8 @@ def load_model(file: Path, content: bytes, info: ExportInfo, config: Config | No
     except Exception as error:  # safetensors raises several types
         raise UserError(f"{file} is not a safetensors file: {one_line(error)}") from None
     try:
-        model = read_config(file, info.config, Config, classes_of(config)).model
-        return models.with_weights(model, info.data.shape, info.data.classes, weights)
+        trained = read_config(file, info.config, Config, classes_of(config))
+        return models.with_weights(trained, info.data.shape, info.data.classes, weights)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 

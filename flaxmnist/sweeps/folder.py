@@ -231,5 +231,5 @@ def load_trials(folder: Path, classes: Iterable[type] = ()) -> list[tuple[TrialR
                 for name, value in result.fields.items():
                     config = fields.replace(config, name, value, check=False)
                 weights = {name: array[row] for name, array in stacked.items()}
-                trials[index] = result, models.with_weights(config.model, data.shape, data.classes, weights)
+                trials[index] = result, models.with_weights(config, data.shape, data.classes, weights)
     return [trials[index] for index in sorted(trials)]
