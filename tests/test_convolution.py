@@ -16,7 +16,7 @@ from jax.test_util import check_grads
 
 from flaxmnist.config import CNNConfig
 from flaxmnist.core import layers, models, winograd
-from flaxmnist.core.convolution import Convolution, convolve
+from flaxmnist.core.convolution import LAYOUT, Convolution, convolve
 from flaxmnist.devices import program
 from flaxmnist.store import exports
 from flaxmnist.store.load import evaluate_run
@@ -109,6 +109,7 @@ WINOGRAD_SHAPES = [
     slow((1, 5, 5, 1), (5, 5, 1, 1), "VALID"),
     slow((2, 1, 3, 2), (3, 3, 2, 2), "SAME"),
     slow((2, 8, 9, 2), (5, 5, 2, 2), ((0, 3), (4, 1))),
+    slow((2, 8, 9, 2), (3, 3, 2, 2), ((-1, 2), (5, -2))),
     slow((50, 14, 14, 32), (5, 5, 32, 64), "SAME"),
     slow((100, 28, 28, 32), (3, 3, 32, 64), "VALID"),
 ]  # fmt: skip
@@ -180,6 +181,7 @@ def uses_winograd(function, *arguments) -> bool:
         ((50, 14, 14, 32), (5, 5, 32, 64), 1, True, True),
         ((50, 28, 28, 1), (5, 5, 1, 32), 1, False, True),
         ((50, 14, 14, 16), (3, 3, 16, 16), 1, False, True),
+        ((50, 14, 14, 16), (3, 3, 16, 32), 1, True, True),
         ((50, 14, 14, 32), (5, 5, 32, 64), 2, False, False),
         ((50, 14, 14, 32), (1, 1, 32, 64), 1, False, False),
         ((50, 14, 14, 32), (3, 5, 32, 64), 1, False, False),
@@ -198,7 +200,39 @@ def test_bfloat16_and_empty_outputs_are_direct():
     images, kernel = jnp.zeros((2, 8, 8, 2)), jnp.zeros((5, 5, 2, 2))
     assert uses_winograd(convolution, images, kernel)
     assert not uses_winograd(convolution, images.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
-    assert convolution(images[:, :3], kernel).shape == (2, 0, 4, 2)
+    assert not uses_winograd(convolution, images[:, :3], kernel)
+    for empty in (images[:, :3], images[:0]):
+        output, vjp = jax.vjp(convolution, empty, kernel)
+        assert [(gradient.shape, gradient.sum()) for gradient in vjp(output)] == [(empty.shape, 0), (kernel.shape, 0)]
+
+
+OPTIONS = {
+    "a batch in groups": {"batch_group_count": 2},
+    "channels in groups": {"feature_group_count": 2},
+    "dilation": {"rhs_dilation": (2, 2)},
+    "precision": {"precision": jax.lax.Precision.HIGHEST},
+    "dtype": {"preferred_element_type": jnp.dtype("float32")},
+    "strides": {"window_strides": (1, 2)},
+    "layout": {"dimension_numbers": ("NCHW", "HWIO", "NCHW")},
+    "default layout": {"dimension_numbers": None},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_other_options_of_a_convolution_are_those_of_jax(options, normal):
+    groups = options.get("feature_group_count", 1)
+    options = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": LAYOUT} | options
+    x, kernel = normal(4, 4, 4, 4), normal(3, 3, 4 // groups, 4)
+    kernel = kernel if options["dimension_numbers"] else normal(4, 4, 3, 3)
+    expected = jax.lax.conv_general_dilated(x, kernel, **options)
+    actual = Convolution("winograd")(x, kernel, options.pop("window_strides"), **options)
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_channels_that_do_not_fit_are_refused(normal):
+    for channels, inputs in ((1, 32), (32, 1)):
+        with pytest.raises((TypeError, ValueError)):
+            convolve(normal(2, 6, 6, channels), normal(3, 3, inputs, 64), "SAME")
 
 
 def test_other_backends_keep_the_convolutions_of_xla(monkeypatch):
@@ -245,7 +279,7 @@ def test_forms_train_alike(few, tmp_path):
     direct, winograd = (
         fit_on_one(small("cnn", convolution=form), few, tmp_path / form) for form in ("direct", "winograd")
     )
-    # Not more alike: rounding decides which of equal values max-pooling takes.
+    # Not more alike: rounding decides which values are equal, so that they share the gradient of max-pooling.
     assert winograd.result.test_loss == pytest.approx(direct.result.test_loss, rel=0.01)
     assert winograd.result.params_sha256 != direct.result.params_sha256
     assert evaluate_run(tmp_path / "winograd", data=few).loss == winograd.result.test_loss

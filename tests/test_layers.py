@@ -56,6 +56,17 @@ def test_max_pool_returns_the_maximum_of_each_block(side, normal):
         np.testing.assert_array_equal(pooled[:, i, j], block.max(axis=(1, 2)))
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 5, 3), (1, 7, 6, 1), (0, 4, 4, 2)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_gradient_of_max_pool_is_that_of_jax(shape, ties, normal):
+    """Also if values of a block are equal: they share the gradient."""
+    x = jnp.round(normal(*shape)) if ties else normal(*shape)
+    y, vjp = jax.vjp(layers.max_pool, x)
+    expected_vjp = jax.vjp(lambda x: layers.blocks(x).max(axis=(2, 4)), x)[1]
+    dy = normal(*y.shape)
+    np.testing.assert_array_equal(vjp(dy)[0], expected_vjp(dy)[0])
+
+
 def test_dropout_keeps_the_mean_and_drops_the_given_fraction():
     x = jnp.ones((200, 500))
     dropped = layers.dropout(x, 0.4, KEY)

@@ -14,20 +14,24 @@ from flaxmnist.core import winograd
 from flaxmnist.core.winograd import Pads
 
 Form = Literal["auto", "direct", "winograd"]
+LAYOUT = "NHWC", "HWIO", "NHWC"
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """What ``jax.lax.conv_general_dilated`` does, in a form of ``convolve`` if possible: for layers that call it."""
+    """``jax.lax.conv_general_dilated``, computed by ``convolve`` if that can: for ``Conv`` and ``nnx.Conv``."""
 
     form: Form = "auto"
 
     def __call__(self, x: Array, kernel: Array, strides: Sequence[int], padding: Any, **options: Any) -> Array:
-        defaults = {"lhs_dilation": {(1, 1)}, "rhs_dilation": {(1, 1)}, "feature_group_count": {1}, "precision": {None}}
-        plain = all(options.get(name) in (*values, None) for name, values in defaults.items())
-        if x.ndim != 4 or len(set(strides)) > 1 or not plain or options.get("preferred_element_type") is not None:
-            return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-        return convolve(x, kernel, padding, strides[0], self.form)
+        layout = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, options.get("dimension_numbers"))
+        defaults = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1, "batch_group_count": 1}
+        others = {name: value for name, value in options.items() if name != "dimension_numbers" and value is not None}
+        plain = x.ndim == 4 and layout == jax.lax.conv_dimension_numbers(x.shape, kernel.shape, LAYOUT)
+        plain &= all(name in defaults and defaults[name] == value for name, value in others.items())
+        if plain and len(set(strides)) == 1:
+            return convolve(x, kernel, padding, strides[0], self.form)
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
 def set_form(module: nnx.Module, form: Form) -> None:
@@ -65,7 +69,8 @@ def is_winograd(form: Form, x: Array, kernel: Array, pads: Pads, stride: int) ->
     """Return True if a convolution of stride ``stride`` is to have Winograd's form."""
     side, width, inputs, outputs = kernel.shape
     sizes = [low + size + high - side + 1 for size, (low, high) in zip(x.shape[1:3], pads, strict=True)]
-    defined = side == width and side in (3, 5) and stride == 1 and min(sizes) > 0 and 0 not in (*x.shape, outputs)
+    defined = side == width and side in (3, 5) and stride == 1 and x.shape[3] == inputs
+    defined &= min(sizes) > 0 and 0 not in (*x.shape, outputs)
     defined &= x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.float64)
     if form != "auto" or not defined:
         return form == "winograd" and defined
@@ -87,8 +92,7 @@ def is_winograd(form: Form, x: Array, kernel: Array, pads: Pads, stride: int) ->
 
 def correlate(x, kernel, pads, stride=1, x_dilation=1, kernel_dilation=1):
     strides, x_dilations, kernel_dilations = 2 * (stride,), 2 * (x_dilation,), 2 * (kernel_dilation,)
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, strides, pads, x_dilations, kernel_dilations, layout)
+    return jax.lax.conv_general_dilated(x, kernel, strides, pads, x_dilations, kernel_dilations, LAYOUT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -107,6 +111,8 @@ def direct(
 
 def direct_backward(pads, stride, residuals, dy):
     x, kernel = residuals
+    if 0 in dy.shape:
+        return jnp.zeros_like(x), jnp.zeros_like(kernel)
     kernel_pads, x_pads = [], []
     for size, (low, high), window, out in zip(x.shape[1:3], pads, kernel.shape[:2], dy.shape[1:3], strict=True):
         # Pixels at the end that no window covers, because the stride does not divide the size.

@@ -24,16 +24,16 @@ from jaxtyping import Array, Float, Float64
 # Pixels before and after the rows of an image, and before and after its columns.
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
-# The n×n values of all tiles of U, V or M: one array for each column and GROUP of rows, see ``transform``.
+# The n×n values of all tiles of U, V or M: an array for each GROUP of rows and each column in it.
 Tiles = list[Float[Array, "_ tiles c"]]
 
 # Where polynomials are evaluated, besides at infinity: n − 1 of these points. A larger n costs accuracy: the relative
 # error in float32 is 7e-6 for F(4×4, 5×5), with n = 8, and 1e-4 for F(5×5, 5×5).
 POINTS = (0, 1, -1, 2, -2, 0.5, -0.5)
 
-# Milliseconds with 8, 4, 2 and 1, forward and backward, of a 5×5 convolution 32→64 of images of 14×14 (two cores of an
-# AMD EPYC with AVX-512). jax 0.10.2: 9, 9, 12 and 13 for 50 images, 27, 22, 22 and 29 for 100; jax 0.12.0.1: 11, 8, 9
-# and 9, and 23, 19, 19 and 20.
+# Rows of a tile in one array. With 8, 4, 2 and 1, a 5×5 convolution 32→64 of 50 images of 14×14, forward and backward,
+# takes 9, 9, 12 and 13 ms (jax 0.10.2, two cores of an AMD EPYC with AVX-512), of 100 images 27, 22, 22 and 29. With
+# jax 0.12.0.1 it takes 11, 8, 9 and 9, and 23, 19, 19 and 20.
 GROUP = 4
 
 
@@ -43,8 +43,9 @@ def matrices(
 ) -> tuple[Float64[np.ndarray, "{m} {m}+{r}-1"], Float64[np.ndarray, "{m}+{r}-1 {r}"], Float64[np.ndarray, "n n"]]:
     """Return Aᵀ, G and Bᵀ of F(m, r).
 
-    The product of polynomials with m and r coefficients has n coefficients, so its values at n points determine it, and
-    these are products of values. A convolution is the transpose: A and G evaluate, and B interpolates.
+    The product of polynomials with m and r coefficients has n coefficients. To compute it, evaluate both at n points,
+    multiply the values, and interpolate. The transpose of this algorithm is a convolution: A and G evaluate, and B
+    interpolates.
     """
     points = POINTS[: m + r - 2]
     at, g, bt = [], [], []
@@ -62,9 +63,9 @@ def matrices(
 
 
 def tiling(size: tuple[int, int], r: int) -> tuple[int, tuple[int, int]]:
-    """Return m, and the number of tiles along each axis, for outputs of ``size`` and an r×r kernel.
+    """Return the m with the fewest multiplications, and the tiles along each axis, for an r×r kernel.
 
-    This m needs the fewest multiplications.
+    ``size`` is the height and width of the outputs.
     """
 
     def counts(m: int) -> tuple[int, int]:
@@ -85,8 +86,8 @@ def transform(x: Float[Array, "b h w c"], matrix: Float64[np.ndarray, "n k"], st
 
     def pixels(x, axis):
         """Return the first, second, … k-th pixel of every tile along an axis."""
-        last = x.shape[axis] - matrix.shape[1] + 1
-        return [jax.lax.slice_in_dim(x, i, i + last, step, axis) for i in range(matrix.shape[1])]
+        starts = x.shape[axis] - matrix.shape[1] + 1  # pixels at which a tile may begin
+        return [jax.lax.slice_in_dim(x, i, i + starts, step, axis) for i in range(matrix.shape[1])]
 
     rows, result = weighted_sums(matrix, pixels(x, 1)), []
     for start in range(0, len(rows), GROUP):
@@ -112,13 +113,17 @@ def assemble(
 
 
 def overlap_add(pixels: list[Float[Array, "..."]], step: int, axis: int) -> Float[Array, "..."]:
-    """Return the sum of tiles that begin at every ``step``-th pixel along ``axis``, from their first … k-th pixels."""
+    """Return the tiles, each ``step`` pixels after the one before, summed where they overlap.
+
+    ``pixels`` has the first, second, … k-th pixel along ``axis`` of every tile.
+    """
     blocks = [pixels[start : start + step] for start in range(0, len(pixels), step)]
     blocks[-1] += [jnp.zeros_like(pixels[0])] * (step - len(blocks[-1]))
     if len(blocks) > 1:
         blocks = jax.lax.optimization_barrier(blocks)
     zero, moved = jnp.zeros((), pixels[0].dtype), []
     for index, block in enumerate(blocks):
+        # This part of a tile lies ``index`` tiles further on.
         edges = [(0, 0, 0)] * (block[0].ndim + 1)
         edges[axis] = (index, len(blocks) - 1 - index, 0)
         moved.append(jax.lax.pad(jnp.stack(block, axis + 1), zero, edges))
@@ -126,14 +131,14 @@ def overlap_add(pixels: list[Float[Array, "..."]], step: int, axis: int) -> Floa
 
 
 def place(x: Float[Array, "b h w c"], start: Sequence[int], size: Sequence[int]) -> Float[Array, "b h2 w2 c"]:
-    """Return images of ``size`` that have the first pixel of ``x`` at ``start``; cut, and padded with zeros."""
+    """Return ``x`` with its first pixel at ``start`` in images of ``size``, cut or padded with zeros."""
     edges = [(low, full - low - side, 0) for low, full, side in zip(start, size, x.shape[1:3], strict=True)]
     return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "r r i o"], pads: Pads) -> Float[Array, "b h2 w2 o"]:
-    """Cross-correlate images with a kernel of at most 8×8 pixels, with stride 1. No forward-mode derivatives."""
+    """Cross-correlate images with a kernel of 3×3 to 8×8 pixels, with stride 1. No forward-mode derivatives."""
     return forward(x, kernel, pads)[0]
 
 
@@ -149,7 +154,7 @@ def forward(x, kernel, pads):
     # The kernel is a single tile of r×r pixels with inputs·outputs channels.
     u = [part.reshape(-1, inputs, outputs) for part in transform(kernel.reshape(1, r, r, -1), g, r)]
     products = [jnp.einsum("nti,nio->nto", *pair) for pair in zip(v, u, strict=True)]
-    y = assemble(products, at, m, (len(x), *counts))
+    y = assemble(products, at, m, (x.shape[0], *counts))
     return place(y, (0, 0), (height, width)), (x, kernel, v, u)
 
 
@@ -162,7 +167,7 @@ def backward(pads, residuals, dy):
     dm = transform(place(dy, (0, 0), [count * m for count in counts]), at.T, m)
     dv = [jnp.einsum("nto,nio->nti", *pair) for pair in zip(dm, u, strict=True)]
     du = [jnp.einsum("nti,nto->nio", *pair).reshape(len(pair[0]), 1, -1) for pair in zip(v, dm, strict=True)]
-    dx = assemble(dv, bt.T, m, (len(x), *counts))
+    dx = assemble(dv, bt.T, m, (x.shape[0], *counts))
     dx = place(dx, [-low for low, _ in pads], x.shape[1:3])
     return dx, assemble(du, g.T, r, (1, 1, 1)).reshape(kernel.shape)
 
