@@ -313,9 +313,10 @@ OBJECTIVES = Objective, FocalLoss
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Random transformations of the training images, different for every image and step; all 0: none."""
+    """Random transformations of the training images, another one in each step; all 0: none."""
 
-    shift: Annotated[float, In(0, 14)] = 0.0  # maximum shift along each axis, in pixels
+    batch_shift: Annotated[int, In(0, 14)] = 0  # maximum shift of a whole batch along each axis, in whole pixels: fast
+    shift: Annotated[float, In(0, 14)] = 0.0  # maximum shift of each image along each axis, in pixels
     rotate: Annotated[float, In(0, 180)] = 0.0  # maximum rotation, in degrees
     scale: BelowOne = 0.0  # maximum change of size, as a fraction
     elastic: Annotated[float, In(0, 14)] = 0.0  # RMS of a smooth random displacement, in pixels (Simard et al. 2003)

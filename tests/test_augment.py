@@ -69,6 +69,20 @@ def test_shards_are_changed_like_the_batch():
     assert not np.allclose(augment(ALL, jax.random.key(2), images), batch, atol=0.1)
 
 
+def test_a_batch_is_shifted_as_a_whole_by_whole_pixels():
+    images = jnp.asarray(np.random.default_rng(0).random((4, 28, 28, 1), np.float32))
+    shifts = set()
+    for seed in range(30):
+        shifted = np.asarray(augment(Augment(batch_shift=1), jax.random.key(seed), images))
+        padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        candidates = {(i, j): padded[:, i : i + 28, j : j + 28] for i in range(3) for j in range(3)}
+        (shift,) = [shift for shift, candidate in candidates.items() if np.array_equal(shifted, candidate)]
+        shifts.add(shift)
+        shard = augment(Augment(batch_shift=1), jax.random.key(seed), images[2:], offset=2)
+        np.testing.assert_array_equal(shard, shifted[2:])
+    assert len(shifts) == 9
+
+
 def test_random_numbers_of_one_kind_do_not_depend_on_the_others():
     images = blobs()
     shifted = augment(Augment(shift=3.0), KEY, images)

@@ -92,6 +92,19 @@ def test_full_runs_match_fit(brief, few):
     assert len(header) == len(row)
 
 
+def test_tracks_are_experiments_trained_alone(brief, monkeypatch, capsys, tmp_path):
+    """Each has a file and, in the table, its own target, which a part of the runs reaches."""
+    for name in benchmarks.TRACKS:
+        assert load_experiment(ROOT / f"experiments/{name}.py").name == name
+    monkeypatch.setattr(benchmarks, "TRACKS", {"quickstart": 0.5})
+    monkeypatch.setattr(benchmarks, "full_run", lambda config, *_: (2.0, [0.45, 0.55][config.seed]))
+    assert main("benchmark")(["--tracks", "--runs", "2", "--json", str(tmp_path / "tracks.json")]) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split("  ")[-1].strip() == "reached"
+    assert " ".join(row.split()) == "quickstart 206,922 2 2.000 ± 0.000 50.000% ± 7.071% 45.00% 50.0% 50%"
+    assert json.loads((tmp_path / "tracks.json").read_text())[0]["runs"]["target"] == 0.5
+
+
 def test_the_peer_process_serves_requests(capsys):
     """Each line is a mode and a number of steps, and is answered when they are done."""
     calls = []
@@ -147,6 +160,7 @@ def test_command(tmp_path):
         (["nothing"], "no experiment file"),
         (["--json", "nowhere/figures.json"], "create the folder nowhere"),
         (["--runs", "-1"], "--runs must be at least 0"),
+        (["--tracks"], "pass --runs 30"),
     ],
 )
 def test_wrong_arguments_are_reported_before_measuring(arguments, message, capsys):

@@ -19,7 +19,7 @@ from flaxmnist.data import order
 from flaxmnist.devices import evaluation
 
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
-LARGE = {"cnn_experts", "cnn_layers", "record", "speedrun", "resnet"}
+LARGE = {"cnn_experts", "cnn_layers", "record", "speedrun", "speedrun_994", "speedrun_995", "resnet"}
 
 
 def load(name: str, count: int) -> Config:
@@ -88,6 +88,7 @@ CHANGES = {
         "data.order": "file",
         "data.order_seed": 5,
         "data.last_batch": "drop",
+        "data.augment.batch_shift": 2,
         "data.augment.shift": 2.0,
         "data.augment.rotate": 20.0,
         "data.augment.scale": 0.2,

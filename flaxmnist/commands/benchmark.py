@@ -17,9 +17,10 @@ SYSTEMS = ("softmax_beginners", "softmax_epochs", "mlp_scratch", "cnn_experts", 
 
 @dataclass(frozen=True)
 class Arguments:
-    names: tyro.conf.Positional[tuple[str, ...]] = SYSTEMS  # names or files of experiments
+    names: tyro.conf.Positional[tuple[str, ...]] = ()  # names or files of experiments; default: the five tutorials
     json: Path | None = None  # write the results to this file, as a list of objects
     peer: Literal["torch"] | None = None  # compare with the same systems in PyTorch, which must be installed
+    tracks: bool = False  # instead, only train, by default the three speedruns; needs --runs
     runs: int = 0  # train each experiment N times, with seeds 0, 1, …: seconds and test accuracies
     scaling: bool = False  # instead, measure speed and communication on 1, 2, 4, … devices
     plot: Path | None = None  # draw a bar chart to this file
@@ -35,15 +36,24 @@ def benchmark(arguments: Arguments) -> None:
         raise UserError("--scaling supports only --json: omit --peer, --runs and --plot")
     if arguments.runs < 0:
         raise UserError(f"--runs must be at least 0, but is {arguments.runs}")
-    experiments = [find_experiment(name) for name in arguments.names]
-    if arguments.scaling:
+    if arguments.tracks and (arguments.scaling or arguments.peer or arguments.plot or not arguments.runs):
+        raise UserError(
+            "--tracks needs --runs and supports only --json: pass --runs 30, omit --scaling, --peer, --plot"
+        )
+    names = arguments.names or (benchmarks.TRACKS if arguments.tracks else SYSTEMS)
+    experiments = [find_experiment(name) for name in names]
+    tables = []
+    if arguments.tracks:
+        results = [benchmarks.run_track(path, arguments.data_dir, arguments.runs) for path in experiments]
+    elif arguments.scaling:
         results = [row for path in experiments for row in scaling.run(path, arguments.data_dir)]
-        print(scaling.report(results))
+        tables.append(scaling.report(results))
     else:
         results = [benchmarks.run(path, arguments.data_dir, arguments.peer, arguments.runs) for path in experiments]
-        print(benchmarks.report(results))
+        tables.append(benchmarks.report(results))
     if arguments.runs:
-        print(f"\n{benchmarks.runs_report(results)}")
+        tables.append(benchmarks.runs_report(results))
+    print("\n\n".join(tables))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     if arguments.plot is not None:

@@ -1,7 +1,7 @@
 """Random transformations of the training images, on the device: shift, rotation, scale and elastic displacement.
 
 All of them together determine the source of each pixel of the result, so that the image is blurred by only one bilinear
-resampling.
+resampling. Only ``batch_shift`` comes before: it moves a whole batch by whole pixels, which is not resampled.
 """
 
 import math
@@ -34,12 +34,21 @@ def augment(
     A transformation depends only on ``key`` and the image's index in the batch, so that it is the same for any number
     of devices. For a shard of a batch, ``offset`` is the index of its first image.
     """
+    if config.batch_shift:
+        images = shift_batch(config.batch_shift, key, images)
     if all(fields.is_zero(amount) for amount in (config.shift, config.rotate, config.scale, config.elastic)):
         return images
     _, height, width, _ = images.shape
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, offset + jnp.arange(images.shape[0]))
     sources = jax.vmap(partial(draw_sources, config, shape=(height, width)))(keys)
     return jax.vmap(resample)(images, sources)
+
+
+def shift_batch(limit: int, key: PRNGKeyArray, images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Return ``images``, all shifted along each axis by the same random number of pixels, at most ``limit``."""
+    padded = jnp.pad(images, ((0, 0), (limit, limit), (limit, limit), (0, 0)))
+    row, column = jax.random.randint(key, (2,), 0, 2 * limit + 1)
+    return jax.lax.dynamic_slice(padded, (0, row, column, 0), images.shape)
 
 
 def draw_sources(config: config.Augment, key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "2 h w"]:
