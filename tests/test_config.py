@@ -104,6 +104,7 @@ NAN, INFINITY = float("nan"), float("inf")
 BOUNDS = {
     "seed": ([0, INT32], [-1, 2**31]),
     "data.(validation|order_seed)": ([None, 0, INT32], [-1, 2**31]),
+    r"data\.augment\.batch_shift": ([0, 14], [-1, 15]),
     r"data\.augment\.(shift|elastic)": ([0, 14], [-0.1, 14.1, NAN]),
     r"data\.augment\.rotate": ([0, 180], [-0.1, 180.1, NAN]),
     r"data\.augment\.scale": ([0, 0.99], [-0.1, 1.0, NAN]),

@@ -48,7 +48,7 @@ def test_parameters_do_not_depend_on_devices(model, backend, devices, digits, fi
 
 @pytest.mark.parametrize(("backend", "devices"), [("jit", 4), slow("jit", 8), slow("pmap", 8)])
 def test_dropout_and_augmentation_do_not_depend_on_devices(backend, devices, digits, fit_on_one_device):
-    config = one_epoch("mlp", 0.5, augment=Augment(shift=2.0, rotate=10.0))
+    config = one_epoch("mlp", 0.5, augment=Augment(batch_shift=1, shift=2.0, rotate=10.0))
     assert_close(fm.fit(config, digits, backend=backend, devices=devices), fit_on_one_device(config), 1e-5)
 
 
