@@ -19,7 +19,7 @@ from flaxmnist.data import order
 from flaxmnist.devices import evaluation
 
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
-LARGE = {"cnn_experts", "cnn_layers", "record", "speedrun", "speedrun_994", "speedrun_995", "resnet"}
+LARGE = {"cnn_experts", "cnn_layers", "record", "speedrun", "speedrun_994", "speedrun_995", "tiny", "resnet"}
 
 
 def load(name: str, count: int) -> Config:

@@ -50,7 +50,7 @@ def test_every_verb_runs(wheel, digits, tmp_path):
     assert "n = 2" in flaxmnist(*SWEEP, "--workdir", "swept")
     assert "next: flaxmnist evaluate run/export/model.stablehlo" in flaxmnist("export", "run")
     assert "360 images" in flaxmnist("evaluate", "run/export/model.stablehlo")
-    assert "softmax_beginners" in flaxmnist("benchmark", "--help")
+    assert "default: the five" in flaxmnist("benchmark", "--help")
     assert "quickstart" in flaxmnist("benchmark", "quickstart")
 
 

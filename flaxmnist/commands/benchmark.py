@@ -20,7 +20,7 @@ class Arguments:
     names: tyro.conf.Positional[tuple[str, ...]] = ()  # names or files of experiments; default: the five tutorials
     json: Path | None = None  # write the results to this file, as a list of objects
     peer: Literal["torch"] | None = None  # compare with the same systems in PyTorch, which must be installed
-    tracks: bool = False  # instead, only train, by default the three speedruns; needs --runs
+    tracks: bool = False  # instead, only train, by default speedrun, speedrun_994, speedrun_995, tiny; needs --runs
     runs: int = 0  # train each experiment N times, with seeds 0, 1, …: seconds and test accuracies
     scaling: bool = False  # instead, measure speed and communication on 1, 2, 4, … devices
     plot: Path | None = None  # draw a bar chart to this file

@@ -43,8 +43,8 @@ ROUNDS = 5
 # Side of the square matrices whose product measures the peak rate of the device.
 MATRIX = 2048
 
-# Experiments whose mean test accuracy is to reach a target in the least training time.
-TRACKS = {"speedrun": 0.99, "speedrun_994": 0.994, "speedrun_995": 0.995}
+# Experiments whose mean test accuracy is to reach a target in the least training time, or with the fewest parameters.
+TRACKS = {"speedrun": 0.99, "speedrun_994": 0.994, "speedrun_995": 0.995, "tiny": 0.99}
 
 # The results of an experiment, as ``--json`` writes them.
 Row = dict[str, Any]
