@@ -26,7 +26,7 @@ class FactoredConv(nnx.Module):
         self.conv_general_dilated = jax.lax.conv_general_dilated  # replaced by the form of train.convolution
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.space[...][:, :, None, :] * self.mix[...]
+        kernel = self.space[...][:, :, None, :] * self.mix[...][None, None]
         return self.conv_general_dilated(x, kernel, (1, 1), self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
