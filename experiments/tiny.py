@@ -13,16 +13,15 @@ from flax import nnx
 
 import flaxmnist as fm
 from flaxmnist.config import Adam, Augment, Config, Data, OneCycle, Train
-from flaxmnist.core.layers import Padding, max_pool
 
 
 class FactoredConv(nnx.Module):
     """A 3×3 convolution with kernel[y, x, i, o] = space[y, x, o] · mix[i, o]: nine weights per output, not per pair."""
 
-    def __init__(self, inputs: int, outputs: int, padding: Padding, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, padding: str, rngs: nnx.Rngs):
         self.space = nnx.Param(nnx.initializers.normal(1 / 3)(rngs.params(), (3, 3, outputs)))
         self.mix = nnx.Param(nnx.initializers.he_normal()(rngs.params(), (inputs, outputs)))
-        self.padding: Padding = padding
+        self.padding = padding
         self.conv_general_dilated = jax.lax.conv_general_dilated  # replaced by the form of train.convolution
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -44,7 +43,7 @@ class Network(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = conv(x)
-            x = nnx.silu(norm(max_pool(x) if i < 2 else x))
+            x = nnx.silu(norm(fm.max_pool(x) if i < 2 else x))
         return self.logits(x.mean((1, 2)))
 
 

@@ -1,7 +1,7 @@
 """The public names of the package, which ``import flaxmnist as fm`` imports when the first one is used."""
 
 from flaxmnist.config import Config
-from flaxmnist.core.layers import BatchNorm, Dropout
+from flaxmnist.core.layers import BatchNorm, Dropout, max_pool
 from flaxmnist.core.models import CNN, MLP, Softmax, make_model
 from flaxmnist.core.state import Batch, Gradient, Metrics, TrainState
 from flaxmnist.core.steps import (
@@ -54,6 +54,7 @@ __all__ = [
     "load_experiment",
     "load_run",
     "make_model",
+    "max_pool",
     "plots",
     "predict",
     "predict_logits",
