@@ -173,10 +173,13 @@ def train(session: Session, state: TrainState, profile: str | Path | None) -> Tr
             state, step, stopping = advance(
                 compiled, state, step, until, pace=pace, report=report, stop=session.stop, pause=folder.is_retry_due
             )
+        saves = stopping or is_due(step, length, config.checkpoint_every) or folder.is_retry_due()
+        if saves or is_due(step, length, config.evaluate_every):
+            with clock("evaluate"):
+                state = program.with_batch_statistics(session.info.config, state, session.data.train)
         if is_due(step, length, config.evaluate_every):
             evaluate(session, state, "validation")
-        ends = stopping or stops_early(config, folder.records.validations)
-        if ends or is_due(step, length, config.checkpoint_every) or folder.is_retry_due():
+        if saves or stops_early(config, folder.records.validations):
             with clock("checkpoint"):
                 folder.save(state)
             if session.on_checkpoint is not None:
@@ -250,6 +253,7 @@ def report_batch(session: Session, state: TrainState) -> None:
     """Record and print the model's accuracy or probabilities on the next batch, before training on it."""
     config, data, step = session.info.config, session.data, int(state.step)
     with session.clock("evaluate"):
+        state = program.with_batch_statistics(config, state, data.train)
         indices = order.batch_indices(config, len(data.train.labels), step, step + 1)[0]
         images, labels = (array[indices[indices >= 0]] for array in data.train)
         if config.train.report == "batch_accuracy":

@@ -22,7 +22,8 @@ import pytest
 
 from flaxmnist.config import SGD, CNNConfig, Config, Data, MLPConfig, SoftmaxConfig, Train
 from flaxmnist.data.sets import Dataset, Split, load_data
-from flaxmnist.devices import program
+from flaxmnist.devices import evaluation, program
+from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.errors import Stopped, UserError
 from flaxmnist.runs import fit
 from flaxmnist.store.load import Run
@@ -92,6 +93,17 @@ def fit_until(monkeypatch) -> Callable[..., None]:
                 fit_on_one(config, data, folder, stop=stop, **hook, **options)
 
     return fit_until
+
+
+def evaluated(count: int, **scores: float) -> Evaluation:
+    """Return an evaluation of ``count`` empty images of class 0, all predicted as 0, with these ``scores``."""
+    images, labels, logits = np.zeros((count, 28, 28, 1), np.uint8), np.zeros(count, np.int32), np.zeros((count, 10))
+    return replace(evaluation.score_logits(logits, images, labels), scores=scores)
+
+
+def score(logits: np.ndarray, labels: np.ndarray) -> Evaluation:
+    """Return the scores of logits for images that do not matter."""
+    return evaluation.score_logits(logits, np.zeros((len(labels), 8, 8, 1), np.uint8), labels.astype(np.int32))
 
 
 def free_port() -> int:

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import small
+from conftest import score, small
 from flax import nnx
 
 import flaxmnist as fm
@@ -26,18 +26,18 @@ def test_exactly_n_of_n_images_are_counted(size, digits):
 
 def test_confusion_matrix_has_true_classes_in_rows_and_predictions_in_columns():
     logits = np.array([[9, 0, 0], [9, 0, 0], [0, 0, 9]], np.float32)
-    scores = evaluation.score_logits(logits, np.array([0, 1, 2], np.int32))
+    scores = score(logits, np.array([0, 1, 2]))
     assert scores.confusion.tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 1]]
     assert scores.accuracy == pytest.approx(2 / 3)
 
 
 def test_loss_of_an_extreme_wrong_prediction_is_finite():
-    scores = evaluation.score_logits(np.array([[1e4, 0]], np.float32), np.array([1], np.int32))
+    scores = score(np.array([[1e4, 0]], np.float32), np.array([1]))
     assert scores.loss == 1e4
 
 
 def test_loss_of_infinite_logits_is_nan():
-    scores = evaluation.score_logits(np.array([[np.inf, 0]], np.float32), np.array([0], np.int32))
+    scores = score(np.array([[np.inf, 0]], np.float32), np.array([0]))
     assert np.isnan(scores.loss)
 
 
@@ -72,3 +72,30 @@ def test_predict_returns_classes_and_probabilities(digits):
     assert probabilities.shape == (7, 10)
     np.testing.assert_array_equal(classes, probabilities.argmax(1))
     np.testing.assert_allclose(probabilities.sum(1), 1)
+
+
+# --- Averages over shifts -------------------------------------------------------------------------------------------
+
+
+def test_a_prediction_over_shifts_is_the_mean_of_the_shifted_images(digits):
+    model, images = fm.MLP(rngs=nnx.Rngs(0)), digits.test.images[:20]
+    assert not images[:, [0, -1]].any() and not images[:, :, [0, -1]].any()  # so that rolling loses nothing
+    moves = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    mean = np.mean([fm.predict(model, np.roll(images, move, (1, 2)))[1] for move in moves], axis=0)
+    classes, probabilities = fm.predict(model, images, shifts=1)
+    np.testing.assert_allclose(probabilities, mean, atol=1e-6)
+    assert (classes == mean.argmax(1)).all()
+    scores = fm.evaluate(model, images, digits.test.labels[:20], shifts=1)
+    assert scores.accuracy == (classes == digits.test.labels[:20]).mean()
+
+
+def test_shifts_lose_what_leaves_the_image(digits):
+    image = np.full((1, 28, 28, 1), 255, np.uint8)
+    copies = list(evaluation.shifted(image, 2))
+    assert len(copies) == 25 and copies[0].sum() == 255 * 26 * 26 and (copies[12] == image).all()
+
+
+@pytest.mark.parametrize("shifts", [-1, 5])
+def test_shifts_have_bounds(shifts, digits):
+    with pytest.raises(UserError, match=rf"shifts must be in \[0, 4\] pixels, but is {shifts}"):
+        fm.predict(fm.Softmax(rngs=nnx.Rngs(0)), digits.test.images[:1], shifts=shifts)

@@ -164,6 +164,7 @@ TESTED_ELSEWHERE = {
     "train.monitor": "test_metrics",
     "train.keep": "test_runs",
     "train.skip_nonfinite": "test_divergence",
+    "train.statistics_images": "test_batch_norm",
     "objective.form": "test_objective",
     "objective.labels": "test_objective",
     "objective.label_smoothing": "test_objective",

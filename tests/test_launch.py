@@ -94,6 +94,21 @@ def test_evaluate(trained, capsys):
     assert "180 images" in capsys.readouterr().out
 
 
+def test_predictions_over_shifts(trained, digits, tmp_path, capsys):
+    _, folder = trained
+    scores = fm.evaluate(fm.load_run(folder).model, *digits.test, shifts=1)
+    assert main("evaluate")([str(folder), "--shifts", "1", "--plot", str(tmp_path / "mistakes.png")]) == 0
+    output = capsys.readouterr().out
+    assert f"loss {scores.loss:.4f}" in output and f"\n{len(scores.mistakes)} mistakes\n" in output
+    with Image.open(tmp_path / "mistakes.png") as picture:
+        assert picture.width > 300
+    Image.fromarray(digits.test.images[0, :, :, 0]).save(tmp_path / "digit.png")
+    assert main("predict")([str(folder), str(tmp_path / "digit.png"), "--shifts", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["probabilities"] == pytest.approx(scores.probabilities[0], abs=1e-5)
+    assert main("predict")([str(folder), str(tmp_path / "digit.png"), "--shifts", "9"]) == 2
+    assert capsys.readouterr().err == "flaxmnist: shifts must be in [0, 4] pixels, but is 9\n"
+
+
 def test_predict(trained, digits, tmp_path):
     _, folder = trained
     for i in range(5):

@@ -4,10 +4,9 @@ import logging
 
 import numpy as np
 import pytest
-from conftest import small
+from conftest import evaluated, small
 
 from flaxmnist.core.state import Metrics, Totals
-from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.errors import Diverged
 from flaxmnist.loop.log import TrainingLog, means
 from flaxmnist.store.records import Records
@@ -93,7 +92,7 @@ def test_records_of_the_steps_and_epochs(log):
 def test_accuracy_before_a_step(log, caplog):
     log = log(report="batch_accuracy")
     for step, accuracy in ((0, 0.09375), (100, 0.86), (200, 1.0)):
-        log.batch_accuracy(step, Evaluation({"loss": 0.5, "accuracy": accuracy}, 16, np.zeros((10, 10), np.int64), ()))
+        log.batch_accuracy(step, evaluated(16, loss=0.5, accuracy=accuracy))
     assert caplog.messages == [
         "step 0, training accuracy 0.09375",
         "step 100, training accuracy 0.86",
@@ -113,15 +112,15 @@ def test_probabilities_before_a_step(log, caplog):
 
 def test_evaluation(log, caplog):
     log = log()
-    log.evaluation(6, "validation", Evaluation({"loss": 0.25, "accuracy": 0.9}, 30, np.zeros((10, 10), np.int64), ()))
-    log.evaluation(6, "test", Evaluation({"loss": 1.23456, "accuracy": 0.5}, 45, np.zeros((10, 10), np.int64), ()))
+    log.evaluation(6, "validation", evaluated(30, loss=0.25, accuracy=0.9))
+    log.evaluation(6, "test", evaluated(45, loss=1.23456, accuracy=0.5))
     assert caplog.messages == [
         "step 6, validation loss 0.2500, accuracy 0.9000",
         "step 6, test loss 1.2346, accuracy 0.5000",
     ]
     assert log.records.history[0] == {"step": 6, "epoch": 2, "split": "validation", "loss": 0.25, "accuracy": 0.9}
     with pytest.raises(Diverged, match=r"^the test loss after step 6 is nan$"):
-        log.evaluation(6, "test", Evaluation({"loss": np.nan, "accuracy": 0.1}, 45, np.zeros((10, 10), np.int64), ()))
+        log.evaluation(6, "test", evaluated(45, loss=np.nan, accuracy=0.1))
     assert len(log.records.history) == 2
 
 

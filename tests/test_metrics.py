@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from conftest import fit_on_one, main, small
+from conftest import fit_on_one, main, score, small
 
 import flaxmnist as fm
 from flaxmnist.core import metrics
 from flaxmnist.core.metrics import METRICS, Metric, goodness
-from flaxmnist.devices import evaluation
 from flaxmnist.errors import UserError
 from flaxmnist.store.tensorboard import read_events
 
@@ -17,7 +16,7 @@ from flaxmnist.store.tensorboard import read_events
 def test_metrics_by_hand():
     """The labels are first, second, second and third; the confidences lie in two bins."""
     probabilities = np.array([[0.9, 0.06, 0.04], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.9, 0.06, 0.04]], np.float32)
-    scores = evaluation.score_logits(np.log(probabilities), np.array([0, 1, 1, 2], np.int32)).scores
+    scores = score(np.log(probabilities), np.array([0, 1, 1, 2])).scores
     assert scores["accuracy"] == 0.25 and scores["top2_accuracy"] == 0.75
     assert scores["loss"] == pytest.approx(-np.log(0.9 * 0.3 * 0.3 * 0.04) / 4)
     assert scores["calibration_error"] == pytest.approx((abs(1 - 1.8) + abs(0 - 1.0)) / 4)

@@ -151,8 +151,8 @@ def test_a_result_of_another_checkpoint_is_ignored(digits, tmp_path):
 
 def test_a_diverged_model_has_only_a_confusion_matrix(runs, digits):
     logits = np.full((360, 10), np.nan)
-    scores = evaluation.score_logits(logits, digits.test.labels)
-    assert [picture.name for picture in reports.prediction_pictures(digits.test, logits, scores)] == ["confusion"]
+    scores = evaluation.score_logits(logits, *digits.test)
+    assert [picture.name for picture in reports.prediction_pictures(scores)] == ["confusion"]
 
 
 CHECK = """<script>

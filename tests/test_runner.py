@@ -126,7 +126,7 @@ def test_sweep_command(tmp_path):
     refused = launch("sweep", *arguments)
     assert refused.returncode == 2
     assert len(refused.stderr.splitlines()) == 1
-    evaluated = launch("evaluate", tmp_path / "swept", "--ensemble")
+    evaluated = launch("evaluate", tmp_path / "swept", "--ensemble", "--shifts", 1)
     assert evaluated.returncode == 0, evaluated.stderr
     assert "ensemble of 3" in evaluated.stdout
     assert "360 images" in evaluated.stdout

@@ -218,7 +218,7 @@ def test_jaxtyping_checks_every_module_with_shapes():
 WRONG = {
     "core": lambda: pictures.sheet(np.zeros((2, 2)), 1),
     "data": lambda: order.steps_per_epoch(small(), "70"),
-    "devices": lambda: evaluation.score_logits(np.zeros(3), np.zeros(3, np.int32)),
+    "devices": lambda: evaluation.score_logits(np.zeros(3), np.zeros((3, 8, 8, 1), np.uint8), np.zeros(3, np.int32)),
     "store": lambda: tensorboard.enlarge(np.zeros((2, 2, 3)), 2),
     "show": lambda: text.show_prediction("a.png", np.zeros((2, 2), np.uint8), np.zeros(10), "0123456789"),
 }

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small
+from conftest import evaluated, score, small
 from flax import nnx
 from sklearn.metrics import precision_recall_fscore_support
 
 import flaxmnist as fm
 from flaxmnist.config import Constant, MLPConfig
-from flaxmnist.devices import evaluation
-from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.show import text
 from flaxmnist.sweeps.ensembles import Ensemble
 
@@ -125,7 +123,7 @@ def scores():
     """Scores of random predictions of four classes; the last one has no images, and the third no predictions."""
     logits = np.random.default_rng(0).normal(0, 1, (40, 4))
     logits[:, 2] = -9
-    return evaluation.score_logits(logits, np.arange(40, dtype=np.int32) % 3)
+    return score(logits, np.arange(40) % 3)
 
 
 def test_scores_of_each_class_are_those_of_scikit_learn(scores):
@@ -146,6 +144,7 @@ def test_the_class_report_ends_with_the_confusion_matrix(scores):
     top2, error = (scores.scores[name] for name in ("top2_accuracy", "calibration_error"))
     first, last = f"accuracy {scores.accuracy:.4f}, loss {scores.loss:.4f}", f"calibration error {error:.4f}, 40 images"
     assert lines[0] == f"{first}, top-2 accuracy {top2:.4f}, {last}"
+    assert lines[1] == f"{round(40 * (1 - scores.accuracy))} mistakes"
     assert cells(lines[-5]) == ["true \\ predicted", "0", "1", "2", "3"]
     assert [cells(line) for line in lines[-4:]] == [
         [str(label), *map(str, row)] for label, row in enumerate(scores.confusion)
@@ -207,7 +206,7 @@ def test_a_single_seed_has_no_spread(few):
 
 def test_the_ensemble_is_compared_with_its_members():
     def scores(accuracy, error):
-        return Evaluation({"accuracy": accuracy, "calibration_error": error}, 45, np.zeros((10, 10), int), ())
+        return evaluated(45, accuracy=accuracy, calibration_error=error)
 
     members = [scores(0.8, 0.05), scores(0.9, 0.15)]
     lines = text.ensemble_report(Ensemble("small", members, scores(0.95, 0.025))).splitlines()
@@ -218,7 +217,7 @@ def test_the_ensemble_is_compared_with_its_members():
         ["members, min", "0.8000", "0.0500"],
         ["members, max", "0.9000", "0.1500"],
         ["ensemble of 2", "0.9500", "0.0250"],
-        ["45 images"],
+        ["45 images; the ensemble makes 0 mistakes"],
     ]
     alone = text.ensemble_report(Ensemble("small", members[:1], members[0])).splitlines()
     assert cells(alone[2]) == ["members, std"]

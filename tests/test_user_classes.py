@@ -12,7 +12,7 @@ from flax import nnx
 
 import flaxmnist as fm
 from flaxmnist import fields
-from flaxmnist.config import SGD, Adam, BaseOptimizer, Config, Data
+from flaxmnist.config import SGD, Adam, BaseOptimizer, Config
 from flaxmnist.data.sets import Split
 from flaxmnist.errors import UserError
 from flaxmnist.store import exports
@@ -309,39 +309,6 @@ def test_a_loss_of_the_wrong_shape_is_an_error(few, tmp_path):
     with pytest.raises(UserError, match=r"one loss for each of 16 images, but returns the shape \[16, 1\]"):
         fit_on_one(replace(small(), objective=Column()), few, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-# --- Layers ---------------------------------------------------------------------------------------------------------
-
-
-def test_batch_norm_does_not_count_padding(normal):
-    x, norm = normal(5, 4, 4, 3), fm.BatchNorm(3, momentum=0.0, rngs=nnx.Rngs(0))
-    norm.weights = jnp.array([1.0, 1, 1, 0, 0])
-    normalised = norm(x)
-    reference = nnx.BatchNorm(3, momentum=0.0, rngs=nnx.Rngs(0))
-    np.testing.assert_allclose(normalised[:3], reference(x[:3]), atol=1e-5)
-    np.testing.assert_allclose(norm.mean[...], reference.mean[...], atol=1e-6)
-    np.testing.assert_allclose(norm.var[...], reference.var[...], atol=1e-5)
-    norm.eval()
-    reference.eval()
-    np.testing.assert_allclose(norm(x), reference(x), atol=1e-5)
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A linear model with Flax's own batch normalisation."""
-
-    def make(self, shape, classes, rngs):
-        conv, norm = nnx.Conv(shape[2], 2, (3, 3), rngs=rngs), nnx.BatchNorm(2, momentum=0.5, rngs=rngs)
-        return nnx.Sequential(conv, norm, lambda x: x.mean((1, 2)), nnx.Linear(2, classes, rngs=rngs))
-
-
-def test_flax_batch_norm_is_refused_if_it_would_count_padding(few):
-    with pytest.raises(UserError, match=r"nnx\.BatchNorm would count the padding of incomplete batches: use flaxmnist"):
-        fit_on_one(small(Plain()), few)
-    drop = Data(name="digits", last_batch="drop")
-    one, two = (fm.fit(small(Plain(), data=drop), few, devices=devices) for devices in (1, 2))
-    assert one.result.test_loss == pytest.approx(two.result.test_loss, rel=1e-4)
 
 
 # --- Mistakes -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import tyro
 from flaxmnist.commands import command, load_classes
 from flaxmnist.devices import program
 from flaxmnist.errors import UserError, exit_code
-from flaxmnist.show import text
+from flaxmnist.show import canvas, plots, text
 from flaxmnist.store import exports
 from flaxmnist.store.load import evaluate_run
 from flaxmnist.sweeps import ensembles
@@ -22,6 +22,8 @@ class Arguments:
     step: str = "latest"  # checkpoint: latest, best (by train.monitor), or a step
     split: Literal["test", "validation", "train"] = "test"  # images to evaluate on
     ensemble: int | Literal["all"] | None = None  # for a sweep: trials of its best setting to ensemble; no value: all
+    shifts: int = 0  # average over shifts of each image by up to N pixels along each axis; 0: none
+    plot: Path | None = None  # draw the worst mistakes to this PNG file
     data_dir: Path | None = None  # folder of the data sets; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
     experiment: Path | None = None  # experiment file, if its model is not built in
 
@@ -36,17 +38,23 @@ def evaluate(arguments: Arguments) -> None:
             f"{arguments.workdir} is {'' if is_sweep else 'not '}the folder of a sweep: "
             f"{'pass' if is_sweep else 'omit'} --ensemble"
         )
+    options = {"split": arguments.split, "data_dir": arguments.data_dir, "config": config, "shifts": arguments.shifts}
     if is_sweep:
         size = None if arguments.ensemble == "all" else arguments.ensemble
-        ensemble = ensembles.evaluate_ensemble(arguments.workdir, size, arguments.split, arguments.data_dir, config)
-        print(text.ensemble_report(ensemble))
+        ensemble = ensembles.evaluate_ensemble(arguments.workdir, size, **options)
+        evaluation, report = ensemble.together, text.ensemble_report(ensemble)
     elif arguments.workdir.suffix in exports.SUFFIXES:
         if arguments.step != "latest":
             raise UserError(f"{arguments.workdir} holds only one step: omit --step, and pass it to {command('export')}")
-        print(text.class_report(exports.evaluate(arguments.workdir, arguments.split, arguments.data_dir, config)))
+        evaluation = exports.evaluate(arguments.workdir, **options)
+        report = text.class_report(evaluation)
     else:
-        evaluation = evaluate_run(arguments.workdir, arguments.step, arguments.split, arguments.data_dir, config)
-        print(text.class_report(evaluation))
+        evaluation = evaluate_run(arguments.workdir, arguments.step, **options)
+        report = text.class_report(evaluation)
+    print(report)
+    if arguments.plot is not None:
+        names, probabilities = evaluation.class_names, evaluation.probabilities
+        canvas.save(plots.mistakes(evaluation.images, evaluation.labels, probabilities, names=names), arguments.plot)
 
 
 def parse_arguments(argv: list[str]) -> Arguments:

@@ -20,6 +20,7 @@ class Arguments:
     plot: Path | None = None  # draw the model's inputs and predictions to this PNG file
     json: bool = False  # print one JSON object per line: file, class, probabilities
     step: str = "latest"  # checkpoint: latest, best (by train.monitor), or a step
+    shifts: int = 0  # average over shifts of each image by up to N pixels along each axis; 0: none
     experiment: Path | None = None  # experiment file, if its model is not built in
 
 
@@ -27,7 +28,7 @@ def predict(arguments: Arguments) -> None:
     """Print each image as the model sees it, and the class probabilities."""
     program.use_compilation_cache()
     config = load_classes(arguments.experiment)
-    predictions = predict_files(arguments.workdir, arguments.images, arguments.step, config)
+    predictions = predict_files(arguments.workdir, arguments.images, arguments.step, config, arguments.shifts)
     if arguments.plot is not None:
         canvas.save(plots.predictions(predictions), arguments.plot)
     for file, image, predicted, probabilities, names in predictions:

@@ -32,6 +32,9 @@ def check(config: Config, data: Dataset, step: steps.Step, arrays: Any, num_shar
         check_step(config, state, data.train, step, arrays)
     if config.train.frozen:
         check_frozen(config, state.params)
+    modules = (module for _, module in nnx.iter_modules(state.definition.merge(state.params, state.buffers)))
+    if config.train.statistics_images and not any(isinstance(module, nnx.BatchNorm) for module in modules):
+        raise UserError("train.statistics_images needs a model with batch normalisation: leave it None")
 
 
 def check_model(config: Config, state: TrainState, train: Split, classes: int, num_shards: int) -> None:

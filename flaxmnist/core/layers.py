@@ -215,8 +215,16 @@ class BatchNorm(nnx.BatchNorm):
         self, x: Float[Array, "b ... c"], use_running_average: bool | None = None
     ) -> Float[Array, "b ... c"]:
         running = self.use_running_average if use_running_average is None else use_running_average
-        if running:
-            return super().__call__(x, use_running_average=True)
+        mean, variance = (self.mean[...], self.var[...]) if running else self.update_averages(x)
+        # One factor and one offset for each channel.
+        factor = jax.lax.rsqrt(variance + self.epsilon)
+        factor = factor if self.scale is None else factor * self.scale[...]
+        offset = -mean * factor if self.bias is None else self.bias[...] - mean * factor
+        factor, offset = (values.reshape((1,) * (x.ndim - 1) + (-1,)) for values in (factor, offset))
+        return (x * factor + offset).astype(x.dtype)
+
+    def update_averages(self, x: Float[Array, "b ... c"]) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+        """Return the mean and the variance of the batch, and move the running averages towards them."""
         images = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
         weights = jnp.ones(len(images)) if self.weights is None else self.weights
 
@@ -229,11 +237,7 @@ class BatchNorm(nnx.BatchNorm):
         variance = mean_of((images - mean[None, None]) ** 2)
         for average, value in ((self.mean, mean), (self.var, variance)):
             average[...] = self.momentum * average[...] + (1 - self.momentum) * jax.lax.stop_gradient(value)
-        factor = jax.lax.rsqrt(variance + self.epsilon)
-        factor = factor if self.scale is None else factor * self.scale[...]
-        offset = -mean * factor if self.bias is None else self.bias[...] - mean * factor
-        factor, offset = (values.reshape((1,) * (x.ndim - 1) + (-1,)) for values in (factor, offset))
-        return (x * factor + offset).astype(x.dtype)
+        return mean, variance
 
 
 def dropout(

@@ -147,6 +147,18 @@ def forward(
     return logits, jax.tree.map(lambda new, old: new.astype(old.dtype), buffers, state.buffers)
 
 
+def batch_statistics(state: TrainState, images: layers.Images) -> Any:
+    """Return the buffers of ``state`` with the statistics of ``images`` in place of the running averages of training.
+
+    All ``images`` are one batch of the model with the weights for evaluation, without dropout. Running averages lag
+    behind averaged weights, because they were computed with others.
+    """
+    model = state.model
+    model.set_attributes(nnx.BatchNorm, use_running_average=False, momentum=0.0)
+    model(layers.normalise(images))  # pyright: ignore[reportCallIssue]
+    return split(model)[2]
+
+
 def gradient(
     config: Config,
     state: TrainState,

@@ -75,9 +75,9 @@ def state_shardings(state: TrainState, mesh: Mesh) -> Any:
     return map_kernels(sharding, state, {} if count == 1 else state.kernels)
 
 
-def put(tree: Any, sharding: NamedSharding) -> Any:
-    """Put the arrays of ``tree``, which must be equal in all processes, on the devices of ``sharding``."""
-    if sharding.is_fully_addressable:
+def put(tree: Any, sharding: NamedSharding | None) -> Any:
+    """Put the arrays of ``tree``, equal in all processes, on the devices of ``sharding`` (None: the default device)."""
+    if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     # With several processes, device_put would compare the arrays of all processes at every call.
     return jax.tree.map(lambda array: jax.make_array_from_callback(array.shape, sharding, array.__getitem__), tree)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -284,6 +284,21 @@ def train_logits(config: Config, state: TrainState, images: Array) -> Float[Arra
     """Return the logits that the next training step computes for ``images``, with dropout and augmentation."""
     weights = jnp.ones(len(images))
     return steps.forward(config, state, state.params, steps.augmented_images(config, images, state.step), weights)[0]
+
+
+def with_batch_statistics(config: Config, state: TrainState, train: Split) -> TrainState:
+    """Return ``state`` as it is evaluated and saved: with the statistics of ``train.statistics_images``, if any."""
+    if config.train.statistics_images is None:
+        return state
+    mesh = parallel.mesh_of(state.params)
+    sharding = None if mesh is None else parallel.replicated(mesh)
+    images = parallel.put(train.images[: config.train.statistics_images], sharding)
+    return replace(state, buffers=jit_batch_statistics(sharding)(state, images))
+
+
+@functools.lru_cache(maxsize=2)
+def jit_batch_statistics(sharding: NamedSharding | None) -> Callable[[TrainState, Array], Any]:
+    return jax.jit(steps.batch_statistics, out_shardings=sharding)
 
 
 class StepCost(NamedTuple):

@@ -99,8 +99,9 @@ def tile_axes(count: int, columns: int, width: float, height: float | None = Non
 
 
 def captioned(images: Iterable[Num[np.ndarray, "h w c"]], captions: Sequence[str]) -> "Figure":
-    """Return a figure with the images in rows of six, each below its caption of two lines."""
-    fig, tiles = tile_axes(len(captions), min(len(captions), 6), 1.6, 1.9)
+    """Return a figure with the images in rows of six, each below its caption of two or three lines."""
+    lines = 1 + max(caption.count("\n") for caption in captions)
+    fig, tiles = tile_axes(len(captions), min(len(captions), 6), 1.6, 1.65 + 0.13 * lines)
     for image, caption, axes in zip(images, captions, tiles, strict=True):
         axes.imshow(visible(image), cmap=IMAGE_CMAP)
         axes.set_title(caption, fontsize=8)

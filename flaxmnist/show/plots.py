@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Num
 from flaxmnist.core import metrics, models
 from flaxmnist.core.layers import Images
 from flaxmnist.core.pictures import MAX_TILES, class_fractions, sheet, visible
+from flaxmnist.data import mislabelled
 from flaxmnist.errors import UserError
 from flaxmnist.show.canvas import (
     COLOURS,
@@ -310,6 +311,7 @@ def mistakes(
 ) -> "Figure":
     """Draw the worst mistakes, with the probabilities of the true and of the predicted class.
 
+    Test images of MNIST whose label is known to be wrong are marked (``data.mislabelled``).
     Raise UserError if all predictions are correct.
     """
     predictions, of_truth = probabilities.argmax(axis=1), probabilities[np.arange(len(labels)), labels]
@@ -321,7 +323,8 @@ def mistakes(
     captions = [
         f"true {names[labels[index]]}, p = {of_truth[index]:.2g}\n"
         f"predicted {names[predictions[index]]}, p = {probabilities[index].max():.3f}"
-        for index in worst
+        + ("\nlabel known to be wrong" if wrong_label else "")
+        for index, wrong_label in zip(worst, mislabelled.known(np.asarray(images)[worst]), strict=True)
     ]
     return captioned(images[worst], captions)
 

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from flaxmnist import fields
 from flaxmnist.config import Config
-from flaxmnist.core.metrics import log_softmax
 from flaxmnist.core.models import CNN, Softmax
-from flaxmnist.data.sets import Dataset, Split
+from flaxmnist.data.sets import Dataset
 from flaxmnist.devices import evaluation
 from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.errors import UserError, check_local
@@ -93,13 +91,8 @@ def run_sections(folder: Path, run: Run, data_dir: Path | None, data: Dataset | 
     yield Section("Training", "", training_pictures(run))
     split_name, split = ("test", data.test) if run.result else ("validation", data.validation)
     if split is not None:
-        logits = evaluation.predict_logits(run.model, split.images)
-        scores, probabilities = (
-            evaluation.score_logits(logits, split.labels, data.class_names),
-            np.exp(log_softmax(logits)),
-        )
-        pictures = prediction_pictures(split, probabilities, scores)
-        yield Section(f"Predictions on the {split_name} images", "", pictures)
+        scores = evaluation.evaluate(run.model, *split, data.class_names)
+        yield Section(f"Predictions on the {split_name} images", text.mistakes(scores), prediction_pictures(scores))
         yield Section("Scores of each class", text.class_scores(scores), [])
     yield Section("Model", text.parameter_table(run.state.params), model_pictures(run, data))
     yield Section("Data", "", data_pictures(data))
@@ -118,18 +111,17 @@ def training_pictures(run: Run) -> Iterator[Picture]:
         yield Picture("step_metrics", "Other metrics of the recorded steps.", plots.step_metrics(run))
 
 
-def prediction_pictures(
-    split: Split, probabilities: Float[np.ndarray, "n classes"], scores: Evaluation
-) -> Iterator[Picture]:
-    figure = plots.confusion(scores.confusion, scores.class_names)
+def prediction_pictures(scores: Evaluation) -> Iterator[Picture]:
+    labels, probabilities, names = scores.labels, scores.probabilities, scores.class_names
+    figure = plots.confusion(scores.confusion, names)
     yield Picture("confusion", "Number of images by true class and prediction.", figure)
     if not np.isfinite(probabilities).all():
         return  # the model diverged: it has no confidence, and no worst mistakes
     if scores.accuracy < 1:
         caption = "The worst mistakes: the true and the predicted class, each with its probability."
-        yield Picture("mistakes", caption, plots.mistakes(*split, probabilities, names=scores.class_names))
+        yield Picture("mistakes", caption, plots.mistakes(scores.images, labels, probabilities, names=names))
     caption = "Fraction of correct predictions against their confidence."
-    yield Picture("calibration", caption, plots.calibration(probabilities, split.labels))
+    yield Picture("calibration", caption, plots.calibration(probabilities, labels))
 
 
 def model_pictures(run: Run, data: Dataset) -> Iterator[Picture]:

@@ -15,7 +15,7 @@ from flaxmnist import fields
 from flaxmnist.config import Config
 from flaxmnist.console import ACTIVITIES
 from flaxmnist.core import steps
-from flaxmnist.data import order
+from flaxmnist.data import mislabelled, order
 from flaxmnist.data.sets import Dataset
 from flaxmnist.devices import program
 from flaxmnist.devices.evaluation import Evaluation
@@ -66,7 +66,14 @@ def class_report(evaluation: Evaluation) -> str:
     matrix += [(name, *map(str, row)) for name, row in zip(names, evaluation.confusion, strict=True)]
     scores = [f"{metric_title(name)} {evaluation.scores[name]:.4f}" for name in ("accuracy", *evaluation.scores)]
     summary = ", ".join([*dict.fromkeys(scores), f"{evaluation.count} images"])
-    return "\n".join([summary, "", class_scores(evaluation), "", format_table(matrix)])
+    return "\n".join([summary, mistakes(evaluation), "", class_scores(evaluation), "", format_table(matrix)])
+
+
+def mistakes(evaluation: Evaluation) -> str:
+    """Return the number of mistakes, and how many of them are known errors of MNIST's labels."""
+    text = f"{len(evaluation.mistakes)} mistakes"
+    known = int(mislabelled.known(np.asarray(evaluation.images)[evaluation.mistakes]).sum())
+    return f"{text}, {known} of them at labels known to be wrong (Northcutt et al. 2021)" if known else text
 
 
 def class_scores(evaluation: Evaluation) -> str:
@@ -202,4 +209,4 @@ def ensemble_report(ensemble: Ensemble) -> str:
     for statistic in ("mean", "std", "min", "max"):
         rows.append((f"members, {statistic}", *(decimals(getattr(summary, statistic)) for summary in summaries)))
     rows.append((f"ensemble of {len(ensemble.members)}", *map(decimals, ensemble.together.scores.values())))
-    return f"{format_table(rows)}\n{ensemble.together.count} images"
+    return f"{format_table(rows)}\n{ensemble.together.count} images; the ensemble makes {mistakes(ensemble.together)}"

@@ -9,6 +9,7 @@ import importlib.util
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,13 +121,18 @@ def stablehlo(model: nnx.Module, shape: tuple[int, ...]) -> bytes:
 
 
 def evaluate(
-    file: Path, split: str = "test", data_dir: str | Path | None = None, config: Config | None = None
+    file: Path,
+    split: str = "test",
+    data_dir: str | Path | None = None,
+    config: Config | None = None,
+    shifts: int = 0,
 ) -> evaluation.Evaluation:
     """Evaluate the model in ``file``, which ends in one of SUFFIXES, on a split of the data it was trained on.
 
     Needs the model.json of the same export. Results from safetensors are bitwise identical to those of the run folder;
     logits from StableHLO agree to 1e-5 of the largest. Weights of a model of your own need a ``config`` with its class.
-    Raise UserError if a file is missing or damaged, if the extra is not installed, or if ``data_dir`` holds other data.
+    For ``shifts`` see ``evaluation.predict``. Raise UserError if a file is missing or damaged, if the extra is not
+    installed, or if ``data_dir`` holds other data.
     """
     check_extra(f"reading {file}")
     content, info = read_export(file)
@@ -134,8 +140,9 @@ def evaluate(
     data = load_training_data(file, data_config, info.data, data_dir)
     images, labels = get_split(file, data, split)
     if file.suffix == ".stablehlo":
-        return evaluation.score_logits(predict_logits(file, content, info, images), labels, data.class_names)
-    return evaluation.evaluate(load_model(file, content, info, config), images, labels, data.class_names)
+        logits = evaluation.over_shifts(partial(predict_logits, file, content, info), images, shifts)
+        return evaluation.score_logits(logits, images, labels, data.class_names)
+    return evaluation.evaluate(load_model(file, content, info, config), images, labels, data.class_names, shifts)
 
 
 def read_export(file: Path) -> tuple[bytes, ExportInfo]:

@@ -99,15 +99,16 @@ def evaluate_run(
     data_dir: str | Path | None = None,
     config: Config | None = None,
     data: Dataset | None = None,
+    shifts: int = 0,
 ) -> evaluation.Evaluation:
     """Evaluate the checkpoint ``which`` on a split of the data set that it was trained on.
 
     That is in ``data_dir``, or is passed again as ``data``. Raise UserError if it is another one. For ``config`` see
-    ``load_run``.
+    ``load_run``, for ``shifts`` ``evaluation.predict``.
     """
     trained = load_checkpoint(workdir, which, config)
     data = load_training_data(workdir, trained.config.data, trained.data, data_dir, data)
-    return evaluation.evaluate(trained.model, *get_split(workdir, data, split), data.class_names)
+    return evaluation.evaluate(trained.model, *get_split(workdir, data, split), data.class_names, shifts)
 
 
 def load_training_data(
@@ -152,15 +153,19 @@ class FilePrediction(NamedTuple):
 
 
 def predict_files(
-    workdir: str | Path, paths: Iterable[str | Path], which: str = "latest", config: Config | None = None
+    workdir: str | Path,
+    paths: Iterable[str | Path],
+    which: str = "latest",
+    config: Config | None = None,
+    shifts: int = 0,
 ) -> list[FilePrediction]:
     """Predict the digits in image files and folders of them. Raise UserError for an image without a digit.
 
-    For ``config`` see ``load_run``.
+    For ``config`` see ``load_run``, for ``shifts`` ``evaluation.predict``.
     """
     trained = load_checkpoint(workdir, which, config)
     files, names = photos.find_images(paths), trained.data.class_names
     images = np.stack([photos.read_image(file, trained.data.shape) for file in files])
-    classes, probabilities = evaluation.predict(trained.model, images)
+    classes, probabilities = evaluation.predict(trained.model, images, shifts)
     columns = zip(files, images, classes.tolist(), probabilities, strict=True)
     return [FilePrediction(*values, names) for values in columns]

@@ -3,10 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from flaxmnist.config import Config
-from flaxmnist.core.metrics import log_softmax
 from flaxmnist.devices import evaluation
 from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.errors import UserError
@@ -31,11 +28,12 @@ def evaluate_ensemble(
     split: str = "test",
     data_dir: Path | None = None,
     config: Config | None = None,
+    shifts: int = 0,
 ) -> Ensemble:
     """Evaluate the first ``size`` trials (None: all), by seed, of the best setting of the sweep in ``workdir``.
 
-    For ``config`` see ``load_run``. Raise UserError if the sweep is not finished, has no best setting, or has fewer
-    trials.
+    For ``config`` see ``load_run``, for ``shifts`` ``evaluation.predict``. Raise UserError if the sweep is unfinished,
+    has no best setting, or has fewer trials.
     """
     classes = classes_of(config)
     info = read_json(workdir / "sweep.json", SweepInfo, classes)
@@ -48,9 +46,8 @@ def evaluate_ensemble(
     if not 1 <= count <= len(models):
         raise UserError(f"{workdir} has {len(models)} trials of its best setting: pass --ensemble a number up to that")
     trained, data = info.experiment(best.experiment)
-    images, labels = get_split(workdir, load_training_data(workdir, trained.data, data, data_dir), split)
-    logits = [evaluation.predict_logits(model, images) for model in models[:count]]
-    with np.errstate(divide="ignore"):  # of a probability that rounds to 0
-        together = np.log(np.mean([np.exp(log_softmax(each)) for each in logits], axis=0))
-    members = [evaluation.score_logits(each, labels) for each in logits]
-    return Ensemble(best.title, members, evaluation.score_logits(together, labels))
+    data = load_training_data(workdir, trained.data, data, data_dir)
+    split_images = get_split(workdir, data, split)
+    members = [evaluation.evaluate(model, *split_images, data.class_names, shifts) for model in models[:count]]
+    together = evaluation.mean_prediction(member.logits for member in members)
+    return Ensemble(best.title, members, evaluation.score_logits(together, *split_images, data.class_names))

@@ -15,7 +15,7 @@ from flaxmnist.console import Progress, logger
 from flaxmnist.core import steps
 from flaxmnist.core.state import Metrics, TrainState
 from flaxmnist.devices import evaluation
-from flaxmnist.devices.program import TrialProgram, with_weights
+from flaxmnist.devices.program import TrialProgram, with_batch_statistics, with_weights
 from flaxmnist.errors import Stopped
 from flaxmnist.loop.advance import Pace, advance
 from flaxmnist.loop.conditions import is_due, may_skip, next_due
@@ -117,7 +117,9 @@ class Trials:
                 self.validation[row] = scores.scores
 
     def trial_state(self, row: int) -> TrainState:
-        return jax.tree.map(lambda x: x[row], self.state)
+        """Return the state of a trial as it is evaluated and saved."""
+        trial, state = self.trials[row], jax.tree.map(lambda x: x[row], self.state)
+        return with_batch_statistics(trial.config, state, trial.data.train)
 
     def weights(self, row: int) -> dict[str, Array]:
         """Return the weights and buffers of a trial by dotted name, without the values of swept fields."""
