@@ -23,6 +23,7 @@ from flaxmnist.runs import fit
 from flaxmnist.show import plots
 from flaxmnist.show.reports import write as write_report
 from flaxmnist.store.load import Run, evaluate_run, load_run
+from flaxmnist.sweeps.ensembles import load_members
 from flaxmnist.sweeps.results import Sweep
 from flaxmnist.sweeps.runner import sweep
 
@@ -52,6 +53,7 @@ __all__ = [
     "gradient",
     "load_data",
     "load_experiment",
+    "load_members",
     "load_run",
     "make_model",
     "max_pool",

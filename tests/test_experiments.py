@@ -20,6 +20,7 @@ from flaxmnist.devices import evaluation
 
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
 LARGE = {"cnn_experts", "cnn_layers", "record", "speedrun", "speedrun_994", "speedrun_995", "tiny", "resnet"}
+LARGE |= {"flagship", "distilled"}
 
 
 def load(name: str, count: int) -> Config:

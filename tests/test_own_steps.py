@@ -15,6 +15,8 @@ import flaxmnist as fm
 from flaxmnist.config import Augment, Data
 from flaxmnist.errors import UserError
 from flaxmnist.experiment import read_experiment
+from flaxmnist.sweeps.plan import Experiment
+from flaxmnist.sweeps.runner import run_sweep
 
 EXAMPLES = ROOT / "experiments/steps"
 
@@ -114,6 +116,23 @@ def test_distillation(few, tmp_path):
     first, *_, last = train_records(run)
     assert last["objective"] < first["objective"] - 0.1
     assert run.result.test_accuracy > 0.4
+
+
+def test_distillation_of_a_committee(few, tmp_path):
+    """The targets are the mean probabilities of the members for the images of the step."""
+    config = small("mlp", data=Data(name="digits", augment=Augment(shift=2.0)))
+    run_sweep([Experiment(config, few)], [0, 1], [{}], devices=1, workdir=tmp_path)
+    functions = read_experiment(ROOT / "experiments/distilled.py").options
+    functions["arrays"].__globals__["COMMITTEE"] = tmp_path
+    run = fit_on_one(config, few, **functions)
+    state, config = fm.create_state(config, (28, 28), 10), fm.resolve_length(config, len(few.train.labels))
+    batch = fm.take_batch(
+        *map(jnp.asarray, few.train), jnp.asarray(fm.batch_indices(config, len(few.train.labels), 0, 1)[0])
+    )
+    images = fm.augmented_images(config, batch.images, 0)
+    targets = np.mean([fm.predict(member, images)[1] for member in fm.load_members(tmp_path)], axis=0)
+    expected = -(targets * np.log(fm.predict(state.model, images)[1])).sum(1).mean()
+    assert train_records(run)[0]["objective"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_norms_of_layers_are_recorded(few):

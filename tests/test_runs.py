@@ -14,6 +14,7 @@ from flaxmnist import console
 from flaxmnist.config import SGD, Adam, Cosine, Data, Exponential, Muon
 from flaxmnist.data import order
 from flaxmnist.errors import UserError
+from flaxmnist.store import provenance
 from flaxmnist.store.load import evaluate_run
 
 
@@ -90,6 +91,7 @@ def test_without_validation_images_only_the_test_images_are_evaluated(few):
 
 def test_run_without_git(few, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(provenance, "git_commit", provenance.git_commit.__wrapped__)  # without its cache
     fit_on_one(small(), few, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["git_commit"] is None
 

@@ -1,5 +1,6 @@
 """Where a run comes from: config.json, with the config, code, versions, devices and data of a run."""
 
+import functools
 import hashlib
 import inspect
 import linecache
@@ -118,6 +119,7 @@ class RunInfo:
         )
 
 
+@functools.cache
 def git_commit() -> str | None:
     """Return the commit of this code, or None if it is not in a repository or git is not installed."""
     command = ["git", "rev-parse", "HEAD"]

@@ -1,7 +1,9 @@
-"""Ensembles of trials of a sweep, which predict by the mean of their probabilities."""
+"""Ensembles: trials of a sweep that predict by the mean of their probabilities."""
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from flax import nnx
 
 from flaxmnist.config import Config
 from flaxmnist.devices import evaluation
@@ -10,7 +12,7 @@ from flaxmnist.errors import UserError
 from flaxmnist.store.files import read_json
 from flaxmnist.store.load import classes_of, get_split, load_training_data
 from flaxmnist.sweeps.folder import load_trials
-from flaxmnist.sweeps.results import SweepInfo, SweepResult
+from flaxmnist.sweeps.results import BestSetting, SweepInfo, SweepResult
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,29 @@ class Ensemble:
     together: Evaluation
 
 
+def load_members(workdir: str | Path, size: int | None = None, *, config: Config | None = None) -> list[nnx.Module]:
+    """Load the models of the first ``size`` trials (None: all), by seed, of the best setting of a sweep.
+
+    For ``config`` see ``load_run``. Raise UserError if the sweep in ``workdir`` is unfinished, has no best setting, or
+    has fewer trials.
+    """
+    folder, classes = Path(workdir), classes_of(config)
+    best = best_setting(folder)
+    models = [model for trial, model in load_trials(folder, classes) if trial.setting == best.setting]
+    count = len(models) if size is None else size
+    if not 1 <= count <= len(models):
+        raise UserError(f"{folder} has {len(models)} trials of its best setting: pass --ensemble a number up to that")
+    return models[:count]
+
+
+def best_setting(folder: Path) -> BestSetting:
+    """Return the best setting of the sweep in ``folder``. Raise UserError if there is none."""
+    best = read_json(folder / "result.json", SweepResult).best
+    if best is None:
+        raise UserError(f"{folder} has no best setting: an ensemble needs validation images, or a single setting")
+    return best
+
+
 def evaluate_ensemble(
     workdir: Path,
     size: int | None,
@@ -30,24 +55,11 @@ def evaluate_ensemble(
     config: Config | None = None,
     shifts: int = 0,
 ) -> Ensemble:
-    """Evaluate the first ``size`` trials (None: all), by seed, of the best setting of the sweep in ``workdir``.
-
-    For ``config`` see ``load_run``, for ``shifts`` ``evaluation.predict``. Raise UserError if the sweep is unfinished,
-    has no best setting, or has fewer trials.
-    """
-    classes = classes_of(config)
-    info = read_json(workdir / "sweep.json", SweepInfo, classes)
-    result = read_json(workdir / "result.json", SweepResult)
-    best = result.best
-    if best is None:
-        raise UserError(f"{workdir} has no best setting: an ensemble needs validation images, or a single setting")
-    models = [model for trial, model in load_trials(workdir, classes) if trial.setting == best.setting]
-    count = len(models) if size is None else size
-    if not 1 <= count <= len(models):
-        raise UserError(f"{workdir} has {len(models)} trials of its best setting: pass --ensemble a number up to that")
-    trained, data = info.experiment(best.experiment)
-    data = load_training_data(workdir, trained.data, data, data_dir)
-    split_images = get_split(workdir, data, split)
-    members = [evaluation.evaluate(model, *split_images, data.class_names, shifts) for model in models[:count]]
+    """Evaluate the models of ``load_members``, and their mean prediction. For ``shifts`` see ``evaluation.predict``."""
+    best, models = best_setting(workdir), load_members(workdir, size, config=config)
+    trained, saved = read_json(workdir / "sweep.json", SweepInfo, classes_of(config)).experiment(best.experiment)
+    data = load_training_data(workdir, trained.data, saved, data_dir)
+    images = get_split(workdir, data, split)
+    members = [evaluation.evaluate(model, *images, data.class_names, shifts) for model in models]
     together = evaluation.mean_prediction(member.logits for member in members)
-    return Ensemble(best.title, members, evaluation.score_logits(together, *split_images, data.class_names))
+    return Ensemble(best.title, members, evaluation.score_logits(together, *images, data.class_names))

@@ -1,6 +1,6 @@
 """The files of a sweep as dataclasses: sweep.json and result.json."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,9 @@ class TrialResult(Setting):
     failed: str | None  # the reason, if it diverged
     test: dict[str, float] | None = None  # all metrics; None in old files
     validation: dict[str, float] | None = None
+    # Where equal trials may differ. None in old files.
+    seconds: float | None = field(default=None, compare=False)  # of training; a mean if trials are trained at once
+    git_commit: str | None = field(default=None, compare=False)  # of the code that ended the trial
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from flaxmnist.loop.advance import Pace, advance
 from flaxmnist.loop.conditions import is_due, may_skip, next_due
 from flaxmnist.loop.log import means
 from flaxmnist.store.initial import load_initial
+from flaxmnist.store.provenance import git_commit
 from flaxmnist.store.records import to_json_value
 from flaxmnist.store.result import params_sha256
 from flaxmnist.sweeps.plan import Trial
@@ -147,6 +148,8 @@ class Trials:
             failed=failed,
             test=None if failed else test.scores,
             validation=validation,
+            seconds=self.seconds / len(self.trials),
+            git_commit=git_commit(),
         )
 
     # --- Saving unfinished trials -----------------------------------------------------------------------------------

@@ -1,0 +1,66 @@
+"""The highest accuracy for one network: residual, batch normalisation, distorted images, averaged weights.
+
+python launch/train.py experiments/flagship.py
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import jax
+from flax import nnx
+
+import flaxmnist as fm
+from flaxmnist.config import Adam, Augment, Config, Data, Objective, Train, WarmupStableDecay
+
+
+class Layer(nnx.Module):
+    """relu(conv(normalise(x))), with a 3×3 kernel."""
+
+    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
+        self.norm = fm.BatchNorm(inputs, rngs=rngs)
+        self.conv = nnx.Conv(inputs, outputs, (3, 3), kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nnx.relu(self.conv(self.norm(x)))
+
+
+class Network(nnx.Module):
+    """Stages with max-pooling between them: a layer that widens the image, then residual ones; the mean over pixels."""
+
+    def __init__(self, channels: int, widths: tuple[int, ...], blocks: tuple[int, ...], classes: int, rngs: nnx.Rngs):
+        self.widening = nnx.List(Layer(*pair, rngs) for pair in pairwise((4 * channels, *widths)))
+        self.residual = nnx.List(
+            nnx.List(Layer(width, width, rngs) for _ in range(count))
+            for width, count in zip(widths, blocks, strict=True)
+        )
+        self.logits = nnx.Linear(widths[-1], classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        x = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4 * c)
+        for stage, (widen, residual) in enumerate(zip(self.widening, self.residual, strict=True)):
+            x = widen(fm.max_pool(x) if stage else x)
+            for layer in residual:
+                x = x + layer(x)
+        return self.logits(x.mean((1, 2)))
+
+
+@dataclass(frozen=True)
+class Flagship:
+    """A residual network on blocks of 2×2 pixels."""
+
+    widths: tuple[int, ...] = (48, 96, 192)  # channels of each stage
+    blocks: tuple[int, ...] = (2, 2, 1)  # residual layers of each stage
+
+    def make(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> Network:
+        return Network(shape[2], self.widths, self.blocks, classes, rngs)
+
+
+config = Config(
+    name="flagship",
+    model=Flagship(),
+    optimizer=Adam(learning_rate=3e-3, schedule=WarmupStableDecay(warmup=0.1, decay=0.9, end=0.001)),
+    objective=Objective(labels="one_hot", label_smoothing=0.1),
+    data=Data(validation=0, augment=Augment(shift=1.5, rotate=12, scale=0.1, elastic=0.7)),
+    train=Train(batch_size=128, epochs=16, ema_decay=0.999, statistics_images=4000),
+)
