@@ -357,7 +357,7 @@ class Train:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype inside a training step; weights stay float32
     convolution: Literal["auto", "direct", "winograd"] = "auto"  # algorithm; auto: the fastest, see core/convolution.py
     ema_decay: BelowOne | None = None  # decay per step of the average of the weights for evaluation; None: no average
-    statistics_images: Count | None = None  # first images of training to evaluate batch norm with; None: running means
+    statistics_images: Count | None = None  # evaluate with batch statistics of N training images; None: running ones
     monitor: str = "accuracy"  # validation metric of the best checkpoint and of patience, see core/metrics.py
     stop_accuracy: AboveZero | None = None  # stop at this validation accuracy, a fraction; None: never
     skip_nonfinite: Natural = 0  # consecutive steps with non-finite loss or gradient to skip before the run fails
