@@ -27,20 +27,16 @@ class Layer(nnx.Module):
 class Network(nnx.Module):
     """Stages with max-pooling between them: a layer that widens the image, then residual ones; the mean over pixels."""
 
-    def __init__(self, channels: int, widths: tuple[int, ...], blocks: tuple[int, ...], classes: int, rngs: nnx.Rngs):
+    def __init__(self, channels: int, widths: tuple[int, ...], blocks: int, classes: int, rngs: nnx.Rngs):
         self.widening = nnx.List(Layer(*pair, rngs) for pair in pairwise((4 * channels, *widths)))
-        self.residual = nnx.List(
-            nnx.List(Layer(width, width, rngs) for _ in range(count))
-            for width, count in zip(widths, blocks, strict=True)
-        )
+        self.residual = nnx.List(nnx.List(Layer(width, width, rngs) for _ in range(blocks)) for width in widths)
         self.logits = nnx.Linear(widths[-1], classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, h, w, c = x.shape
-        x = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4 * c)
-        for stage, (widen, residual) in enumerate(zip(self.widening, self.residual, strict=True)):
+        x = fm.space_to_depth(x, 2)
+        for stage, (widen, layers) in enumerate(zip(self.widening, self.residual, strict=True)):
             x = widen(fm.max_pool(x) if stage else x)
-            for layer in residual:
+            for layer in layers:
                 x = x + layer(x)
         return self.logits(x.mean((1, 2)))
 
@@ -50,7 +46,7 @@ class Flagship:
     """A residual network on blocks of 2×2 pixels."""
 
     widths: tuple[int, ...] = (48, 96, 192)  # channels of each stage
-    blocks: tuple[int, ...] = (2, 2, 1)  # residual layers of each stage
+    blocks: int = 2  # residual layers of each stage
 
     def make(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> Network:
         return Network(shape[2], self.widths, self.blocks, classes, rngs)

@@ -1,7 +1,7 @@
 """The public names of the package, which ``import flaxmnist as fm`` imports when the first one is used."""
 
 from flaxmnist.config import Config
-from flaxmnist.core.layers import BatchNorm, Dropout, max_pool
+from flaxmnist.core.layers import BatchNorm, Dropout, max_pool, space_to_depth
 from flaxmnist.core.models import CNN, MLP, Softmax, make_model
 from flaxmnist.core.state import Batch, Gradient, Metrics, TrainState
 from flaxmnist.core.steps import (
@@ -61,6 +61,7 @@ __all__ = [
     "predict",
     "predict_logits",
     "resolve_length",
+    "space_to_depth",
     "sum_over_devices",
     "sweep",
     "take_batch",

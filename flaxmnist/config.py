@@ -22,6 +22,7 @@ Fraction = Annotated[float, In(0, 1)]
 BelowOne = Annotated[float, In(0, 1, "[)")]
 AboveZero = Annotated[float, In(0, 1, "(]")]
 Side = Annotated[int, In(1, 28)]  # pixels
+Sample = Annotated[int, In(1, 10_000)]  # images, in one batch
 
 # --- Initial values -------------------------------------------------------------------------------------------------
 
@@ -357,7 +358,7 @@ class Train:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype inside a training step; weights stay float32
     convolution: Literal["auto", "direct", "winograd"] = "auto"  # algorithm; auto: the fastest, see core/convolution.py
     ema_decay: BelowOne | None = None  # decay per step of the average of the weights for evaluation; None: no average
-    statistics_images: Count | None = None  # evaluate with batch statistics of N training images; None: running ones
+    statistics_images: Sample | None = None  # evaluate with batch statistics of N training images; None: running means
     monitor: str = "accuracy"  # validation metric of the best checkpoint and of patience, see core/metrics.py
     stop_accuracy: AboveZero | None = None  # stop at this validation accuracy, a fraction; None: never
     skip_nonfinite: Natural = 0  # consecutive steps with non-finite loss or gradient to skip before the run fails

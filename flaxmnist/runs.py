@@ -173,11 +173,12 @@ def train(session: Session, state: TrainState, profile: str | Path | None) -> Tr
             state, step, stopping = advance(
                 compiled, state, step, until, pace=pace, report=report, stop=session.stop, pause=folder.is_retry_due
             )
+        evaluates = is_due(step, length, config.evaluate_every)
         saves = stopping or is_due(step, length, config.checkpoint_every) or folder.is_retry_due()
-        if saves or is_due(step, length, config.evaluate_every):
+        if evaluates or saves:
             with clock("evaluate"):
                 state = program.with_batch_statistics(session.info.config, state, session.data.train)
-        if is_due(step, length, config.evaluate_every):
+        if evaluates:
             evaluate(session, state, "validation")
         if saves or stops_early(config, folder.records.validations):
             with clock("checkpoint"):
@@ -196,6 +197,7 @@ def train(session: Session, state: TrainState, profile: str | Path | None) -> Tr
 def finish(session: Session, state: TrainState) -> Run:
     """Evaluate on the test images and write the result."""
     info, folder = session.info, session.folder
+    state = program.with_batch_statistics(info.config, state, session.data.train)
     test = evaluate(session, state, "test")
     assert test is not None  # every data set has test images
     state = parallel.gather(state, session.mesh)
@@ -253,10 +255,10 @@ def report_batch(session: Session, state: TrainState) -> None:
     """Record and print the model's accuracy or probabilities on the next batch, before training on it."""
     config, data, step = session.info.config, session.data, int(state.step)
     with session.clock("evaluate"):
-        state = program.with_batch_statistics(config, state, data.train)
         indices = order.batch_indices(config, len(data.train.labels), step, step + 1)[0]
         images, labels = (array[indices[indices >= 0]] for array in data.train)
         if config.train.report == "batch_accuracy":
+            state = program.with_batch_statistics(config, state, data.train)
             session.log.batch_accuracy(step, evaluation.evaluate(state.model, images, labels))
         else:
             logits = parallel.gather(program.train_logits(config, state, images), session.mesh)

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 import pytest
-from conftest import assert_same, fit_on_one, small
+from conftest import assert_same, fit_on_one, slow, small
 from flax import nnx
 from jax import numpy as jnp
 
 import flaxmnist as fm
 from flaxmnist.config import Adam, Data
+from flaxmnist.data.sets import Split
 from flaxmnist.errors import UserError
 from flaxmnist.store import exports
 from flaxmnist.store.load import evaluate_run, load_checkpoint
@@ -78,7 +79,8 @@ def test_flax_batch_norm_is_refused_if_it_would_count_padding(few):
 def test_evaluations_use_the_statistics_of_training_images_with_the_averaged_weights(few):
     run = fit_on_one(normalised(statistics_images=50), few)
     model = run.model
-    x = few.train.images[:50].reshape(50, -1) / np.float32(255)
+    indices = np.linspace(0, 69, 50).round().astype(int)
+    x = few.train.images[indices].reshape(50, -1) / np.float32(255)
     for layer, norm in ((model.first, model.inner), (model.last, model.outer)):
         x = layer(x)
         np.testing.assert_allclose(norm.mean[...], x.mean(0), atol=1e-5)
@@ -104,13 +106,64 @@ def test_checkpoints_and_exports_have_these_statistics(few, fit_until, tmp_path)
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_sweeps_and_several_devices_have_these_statistics(few):
-    config = normalised(statistics_images=50)
-    run = fit_on_one(config, few)
-    sweep = fm.sweep(config, few, seeds=2, exact=True, devices=1)
-    assert sweep.members[0].test_loss == run.result.test_loss
-    for backend in ("jit", "pmap"):
-        assert fm.fit(config, few, devices=2, backend=backend).result.test_loss == pytest.approx(run.result.test_loss)
+@pytest.mark.parametrize(
+    ("devices", "options"),
+    [(2, {"backend": "jit"}), slow(2, {"backend": "pmap"}), slow(4, {"model_parallel": 2})],
+    ids=["jit", "pmap", "model parallel"],
+)
+def test_several_devices_have_these_statistics(devices, options, few):
+    config = normalised(statistics_images=50, evaluate_every=6)
+    one = fit_on_one(config, few)
+    other = fm.fit(config, few, devices=devices, **options)
+    assert [record.get("loss") for record in other.history] == pytest.approx(
+        [record.get("loss") for record in one.history], rel=1e-4
+    )
+
+
+def test_sweeps_have_these_statistics(few, monkeypatch):
+    config = normalised(statistics_images=50, evaluate_every=6)
+    runs = [fit_on_one(replace(config, seed=seed), few) for seed in range(2)]
+    exact = fm.sweep(config, few, seeds=2, exact=True, devices=1)
+    assert [trial.test_loss for trial in exact.members] == [run.result.test_loss for run in runs]
+    monkeypatch.setattr("flaxmnist.sweeps.plan.runs_sequentially", lambda *_: False)
+    for devices in (1, 2):
+        sweep = fm.sweep(config, few, seeds=2, devices=devices)
+        assert [trial.test_loss for trial in sweep.members] == pytest.approx([run.result.test_loss for run in runs])
+
+
+class Counter(Normalised):
+    """The same, which counts its calls."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.calls = nnx.Variable(jnp.zeros(()))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return super().__call__(x)
+
+
+@dataclass(frozen=True)
+class Counted:
+    def make(self, shape, classes, rngs):
+        return Counter(shape[0] * shape[1] * shape[2], classes, rngs)
+
+
+def test_training_does_not_depend_on_evaluations(few, fit_until, tmp_path):
+    """Statistics for evaluation are no input of training, even if the model counts its calls."""
+    config = replace(normalised(statistics_images=50, evaluate_every=4), model=Counted())
+    full = fit_on_one(config, few)
+    fit_until(9, config, few, tmp_path)
+    assert_same(fit_on_one(config, few, tmp_path, resume=True).state, full.state)
+    assert_same(fit_on_one(replace(config, train=replace(config.train, evaluate_every=None)), few).state, full.state)
+
+
+def test_images_sorted_by_class_are_taken_from_all_classes(few):
+    order = np.argsort(few.train.labels, kind="stable")
+    data = replace(few, train=Split(*(array[order] for array in few.train)))
+    model = fit_on_one(normalised(statistics_images=7), data).model
+    x = data.train.images[[0, 12, 23, 34, 46, 58, 69]].reshape(7, -1) / np.float32(255)
+    np.testing.assert_allclose(model.inner.mean[...], model.first(x).mean(0), atol=1e-5)
 
 
 def test_a_model_without_batch_normalisation_has_no_statistics(few, tmp_path):

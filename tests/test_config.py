@@ -111,7 +111,7 @@ BOUNDS = {
     "train.(batch_size|log_every|keep)": ([1, INT32], [0, -1, 2**31, None]),
     "train.(evaluate_every|checkpoint_every)": ([None, 1, INT32], [0, -1, 2**31]),
     "train.steps": ([1, INT32], [0, -1, 2**31]),
-    "train.statistics_images": ([1, INT32], [0, 2**31]),
+    "train.statistics_images": ([1, 10_000], [0, 10_001]),
     "train.skip_nonfinite": ([0, INT32], [-1, 2**31]),
     "train.ema_decay": ([None, 0.0, 0.99], [-0.1, 1.0, NAN]),
     "train.stop_accuracy": ([None, 0.01, 1.0], [0.0, 1.1, NAN]),

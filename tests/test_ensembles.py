@@ -7,7 +7,9 @@ import pytest
 from conftest import small
 
 import flaxmnist as fm
+from flaxmnist.core.definition import split
 from flaxmnist.errors import UserError
+from flaxmnist.store.result import params_sha256
 from flaxmnist.sweeps.ensembles import evaluate_ensemble
 from flaxmnist.sweeps.folder import load_trials
 from flaxmnist.sweeps.plan import Experiment
@@ -49,8 +51,19 @@ def test_ensemble_averages_probabilities(saved_sweep, digits):
     assert len(ensemble.members) == 2
     assert ensemble.together.count == 360
     assert ensemble.setting == best.title
-    with pytest.raises(UserError, match="has 3 trials of its best setting"):
+    with pytest.raises(UserError, match="has 3 trials of its best setting: use at most as many"):
         evaluate_ensemble(folder, 4)
+    shifted = np.mean([fm.predict(model, digits.test.images, shifts=1)[1] for model in models[:2]], axis=0)
+    np.testing.assert_allclose(evaluate_ensemble(folder, 2, shifts=1).together.probabilities, shifted, atol=1e-12)
+
+
+def test_members_are_the_models_of_the_best_setting(saved_sweep):
+    sweep, folder = saved_sweep
+    best = [trial for trial in sweep.members if trial.setting == sweep.result.best.setting]
+    members = fm.load_members(folder, 2)
+    assert [params_sha256(split(member)[1]) for member in members] == [trial.params_sha256 for trial in best[:2]]
+    with pytest.raises(UserError, match="is not finished: continue the sweep with --resume"):
+        fm.load_members(folder / "parts")
 
 
 def test_sweep_without_a_best_setting_has_no_ensemble(few, tmp_path):

@@ -19,8 +19,18 @@ from flaxmnist.data import order
 from flaxmnist.devices import evaluation
 
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
-LARGE = {"cnn_experts", "cnn_layers", "record", "speedrun", "speedrun_994", "speedrun_995", "tiny", "resnet"}
-LARGE |= {"flagship", "distilled"}
+LARGE = {
+    "cnn_experts",
+    "cnn_layers",
+    "record",
+    "speedrun",
+    "speedrun_994",
+    "speedrun_995",
+    "tiny",
+    "resnet",
+    "flagship",
+    "distilled",
+}
 
 
 def load(name: str, count: int) -> Config:

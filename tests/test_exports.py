@@ -65,6 +65,12 @@ def test_both_files_give_the_results_of_the_run_folder(export_folder):
     np.testing.assert_array_equal(program.confusion, run.confusion)
 
 
+def test_both_files_predict_over_shifts(mlp_export):
+    run = evaluate_run(mlp_export.parent, shifts=1)
+    for suffix in exports.SUFFIXES:
+        assert exports.evaluate(mlp_export / f"model{suffix}", shifts=1).loss == pytest.approx(run.loss, rel=TOLERANCE)
+
+
 def test_the_program_takes_any_number_of_images_on_any_platform(export_folder, digits):
     program = export.deserialize(bytearray((export_folder / "model.stablehlo").read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")

@@ -16,6 +16,7 @@ from flaxmnist.console import Progress
 from flaxmnist.data import order
 from flaxmnist.devices import parallel, program
 from flaxmnist.speed import scaling
+from flaxmnist.store.provenance import git_commit
 from flaxmnist.sweeps.plan import Experiment, Group, group_trials, plan_trials
 from flaxmnist.sweeps.results import SweepResult
 from flaxmnist.sweeps.runner import compile_group
@@ -55,6 +56,7 @@ def test_sequential_trials_are_bitwise_identical_to_single_runs(model, few):
         }
         assert {name: getattr(trial, name) for name in common} == {name: getattr(run.result, name) for name in common}
         np.testing.assert_array_equal(training_loss(sweep, index), np.float32(loss_of(run)))
+        assert trial.train_seconds > 0 and trial.git_commit == git_commit()
 
 
 VARIED = {

@@ -21,7 +21,7 @@ RESERVED = {"step", "epoch", "split", "loss", "accuracy", "gradient_norm"}
 
 
 def check(config: Config, data: Dataset, step: steps.Step, arrays: Any, num_shards: int) -> None:
-    """Raise UserError if a model, a loss or a step of the user's, or a name in ``train.frozen``, does not fit.
+    """Raise UserError if a model, a loss or a step of the user's, or a field about parts of the model, does not fit.
 
     Batches are trained in ``num_shards`` shards; ``arrays`` are those of the step.
     """
@@ -32,9 +32,13 @@ def check(config: Config, data: Dataset, step: steps.Step, arrays: Any, num_shar
         check_step(config, state, data.train, step, arrays)
     if config.train.frozen:
         check_frozen(config, state.params)
-    modules = (module for _, module in nnx.iter_modules(state.definition.merge(state.params, state.buffers)))
-    if config.train.statistics_images and not any(isinstance(module, nnx.BatchNorm) for module in modules):
+    if config.train.statistics_images and not any(isinstance(module, nnx.BatchNorm) for module in modules_of(state)):
         raise UserError("train.statistics_images needs a model with batch normalisation: leave it None")
+
+
+def modules_of(state: TrainState) -> list[nnx.Module]:
+    """Return the model of a state and all modules in it."""
+    return [module for _, module in nnx.iter_modules(state.definition.merge(state.params, state.buffers))]
 
 
 def check_model(config: Config, state: TrainState, train: Split, classes: int, num_shards: int) -> None:
@@ -46,9 +50,8 @@ def check_model(config: Config, state: TrainState, train: Split, classes: int, n
         raise UserError(f"the model must return {classes} logits for each image, but returns {logits.shape[1]}")
     uneven = config.train.batch_size % num_shards > 0
     short = config.data.last_batch == "keep" and len(train.labels) % config.train.batch_size > 0
-    modules = [module for _, module in nnx.iter_modules(state.definition.merge(state.params, state.buffers))]
     counts_padding = any(
-        isinstance(module, nnx.BatchNorm) and not isinstance(module, layers.BatchNorm) for module in modules
+        isinstance(module, nnx.BatchNorm) and not isinstance(module, layers.BatchNorm) for module in modules_of(state)
     )
     if counts_padding and (uneven or short):
         raise UserError(

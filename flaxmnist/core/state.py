@@ -66,7 +66,8 @@ class TrainState:
     definition: Definition = field(metadata={"static": True})
     step: Int32[Array, ""]  # steps done
     params: Any  # weights as nested dicts
-    buffers: Any  # other state of the model, such as batch statistics, as nested dicts
+    buffers: Any  # other state of the model, such as running averages, as nested dicts
+    statistics: Any  # the same for evaluation, see train.statistics_images; None without
     opt_state: optax.OptState
     ema: Any  # averaged weights as nested dicts; None if the config has no train.ema_decay
     epoch: Totals  # so far, of the epoch of the last step
@@ -77,13 +78,18 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
     @property
+    def evaluation_buffers(self) -> Any:
+        """The other state of the model for evaluation and prediction."""
+        return self.buffers if self.statistics is None else self.statistics
+
+    @property
     def kernels(self) -> dict[Path, Kernel]:
         """The kernels of the model whose layers are known."""
         return find_kernels(self.definition.merge(self.params, self.buffers))
 
     @property
     def model(self) -> nnx.Module:
-        """The model with ``weights``, in evaluation mode."""
-        model = self.definition.merge(self.weights, self.buffers)
+        """The model with ``weights`` and ``evaluation_buffers``, in evaluation mode."""
+        model = self.definition.merge(self.weights, self.evaluation_buffers)
         model.eval()
         return model

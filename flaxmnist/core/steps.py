@@ -57,6 +57,7 @@ def create_state(config: Config, shape: Sequence[int], classes: int) -> TrainSta
         step=jnp.int32(0),
         params=params,
         buffers=buffers,
+        statistics=None if config.train.statistics_images is None else jax.tree.map(jnp.copy, buffers),
         opt_state=make_optimizer(config, find_kernels(module)).init(params),
         ema=None if config.train.ema_decay is None else jax.tree.map(jnp.copy, params),
         epoch=Totals(*jnp.zeros(3)),
@@ -148,12 +149,13 @@ def forward(
 
 
 def batch_statistics(state: TrainState, images: layers.Images) -> Any:
-    """Return the buffers of ``state`` with the statistics of ``images`` in place of the running averages of training.
+    """Return the buffers of ``state`` with the batch statistics of ``images`` in place of running averages.
 
-    All ``images`` are one batch of the model with the weights for evaluation, without dropout. Running averages lag
-    behind averaged weights, because they were computed with others.
+    The images pass through the model as one batch, with the weights for evaluation and without dropout. Running
+    averages belong to the weights of past steps, not to the averaged weights.
     """
-    model = state.model
+    model = state.definition.merge(state.weights, jax.tree.map(jnp.copy, state.buffers))
+    model.eval()
     model.set_attributes(nnx.BatchNorm, use_running_average=False, momentum=0.0)
     model(layers.normalise(images))  # pyright: ignore[reportCallIssue]
     return split(model)[2]

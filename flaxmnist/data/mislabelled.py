@@ -1,8 +1,8 @@
 """The test images of MNIST whose labels are known to be wrong.
 
 Northcutt, Athalye & Mueller 2021, "Pervasive label errors in test sets destabilize machine learning benchmarks": five
-people were shown each image that a model found suspect. Of these 15, at most two of the five saw the given digit
-(mturk/mnist_mturk.json in github.com/cleanlab/label-errors).
+people were shown each image that a model found suspect. For each of these 15 images, at most two of the five saw the
+given digit (mturk/mnist_mturk.json in github.com/cleanlab/label-errors).
 """
 
 import hashlib
@@ -32,6 +32,6 @@ IMAGES = {
 
 
 def known(images: Num[np.ndarray, "n h w c"]) -> Bool[np.ndarray, " n"]:
-    """Return which of ``images`` are among these."""
+    """Return which of ``images`` are among these. Only uint8 images are recognised."""
     digests = set(IMAGES.values())
     return np.array([hashlib.sha256(image.tobytes()).hexdigest()[:16] in digests for image in images], bool)

@@ -18,7 +18,7 @@ from flaxmnist.errors import UserError
 # Images per device in one forward pass: enough for fast kernels, few enough to keep a CNN's activations in cache.
 FORWARD_BATCH = 250
 
-# Pixels by which a prediction may shift an image.
+# Largest shift of an image in a prediction, in pixels: (2·4 + 1)² = 81 copies.
 MAX_SHIFTS = 4
 
 
@@ -84,9 +84,9 @@ def predict_logits(model: nnx.Module, images: Images, shifts: int = 0) -> Float[
 def over_shifts(
     predict: Callable[..., Float[np.ndarray, "n classes"]], images: Images, shifts: int
 ) -> Float[np.ndarray, "n classes"]:
-    """Return the logits of ``predict`` or, if ``shifts`` is not 0, of its mean prediction for shifted images.
+    """Return the logits of ``predict`` or, unless ``shifts`` is 0, the logarithm of its mean probabilities over shifts.
 
-    Each image is shifted along both axes by every number of pixels up to ``shifts``, filled with zeros.
+    Each image is shifted along both axes by every number of pixels up to ``shifts``, and filled with zeros.
     """
     if not 0 <= shifts <= MAX_SHIFTS:
         raise UserError(f"shifts must be in [0, {MAX_SHIFTS}] pixels, but is {shifts}")
@@ -103,9 +103,8 @@ def shifted(images: Num[np.ndarray, "n h w c"], shifts: int) -> Iterator[Num[np.
 
 def mean_prediction(predictions: Iterable[Float[np.ndarray, "n classes"]]) -> Float[np.ndarray, "n classes"]:
     """Return the logarithm of the mean probabilities of several logits for the same images."""
-    probabilities = np.mean([np.exp(log_softmax(logits)) for logits in predictions], axis=0)
-    with np.errstate(divide="ignore"):  # of a probability that rounds to 0
-        return np.log(probabilities)
+    logarithms = [log_softmax(logits) for logits in predictions]
+    return np.logaddexp.reduce(logarithms, axis=0) - np.log(len(logarithms))
 
 
 def forward_in_batches(model: nnx.Module, images: Images) -> Float[np.ndarray, "n classes"]:
@@ -133,7 +132,7 @@ def predict(
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n classes"]]:
     """Return the most probable class of each image, and the probabilities of all classes, which sum to 1.
 
-    With ``shifts``, they are the mean over copies of the images shifted by up to as many pixels.
+    With ``shifts``, the probabilities are the mean over copies of the image shifted by up to that many pixels.
     """
     logits = predict_logits(model, images, shifts)
     return logits.argmax(axis=1), np.exp(log_softmax(logits))

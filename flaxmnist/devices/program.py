@@ -68,7 +68,8 @@ def with_weights(state: TrainState, weights: Mapping[str, np.ndarray]) -> TrainS
         return parallel.put(weights[name], sharding) if name in weights else leaf
 
     params, buffers = (jax.tree_util.tree_map_with_path(choose, tree) for tree in (state.params, state.buffers))
-    return replace(state, params=params, buffers=buffers, ema=state.ema and jax.tree.map(jnp.copy, params))
+    ema, statistics = state.ema and jax.tree.map(jnp.copy, params), state.statistics and jax.tree.map(jnp.copy, buffers)
+    return replace(state, params=params, buffers=buffers, ema=ema, statistics=statistics)
 
 
 def state_shapes(config: Config, data: Dataset, mesh: Mesh) -> TrainState:
@@ -287,17 +288,21 @@ def train_logits(config: Config, state: TrainState, images: Array) -> Float[Arra
 
 
 def with_batch_statistics(config: Config, state: TrainState, train: Split) -> TrainState:
-    """Return ``state`` as it is evaluated and saved: with the statistics of ``train.statistics_images``, if any."""
+    """Return ``state`` with the batch statistics for evaluation that ``train.statistics_images`` asks for, if any.
+
+    The images are evenly spaced in the training images, whose file may be sorted by class.
+    """
     if config.train.statistics_images is None:
         return state
-    mesh = parallel.mesh_of(state.params)
+    mesh, last = parallel.mesh_of(state.params), len(train.labels) - 1
     sharding = None if mesh is None else parallel.replicated(mesh)
-    images = parallel.put(train.images[: config.train.statistics_images], sharding)
-    return replace(state, buffers=jit_batch_statistics(sharding)(state, images))
+    indices = np.linspace(0, last, min(config.train.statistics_images, last + 1)).round().astype(int)
+    images = parallel.put(train.images[indices], sharding)
+    return replace(state, statistics=_jit_batch_statistics(sharding)(state, images))
 
 
 @functools.lru_cache(maxsize=2)
-def jit_batch_statistics(sharding: NamedSharding | None) -> Callable[[TrainState, Array], Any]:
+def _jit_batch_statistics(sharding: NamedSharding | None) -> Callable[[TrainState, Array], Any]:
     return jax.jit(steps.batch_statistics, out_shardings=sharding)
 
 

@@ -71,7 +71,8 @@ def class_report(evaluation: Evaluation) -> str:
 
 def mistakes(evaluation: Evaluation) -> str:
     """Return the number of mistakes, and how many of them are known errors of MNIST's labels."""
-    text = f"{len(evaluation.mistakes)} mistakes"
+    count = len(evaluation.mistakes)
+    text = f"{count} mistake{'' if count == 1 else 's'}"
     known = int(mislabelled.known(np.asarray(evaluation.images)[evaluation.mistakes]).sum())
     return f"{text}, {known} of them at labels known to be wrong (Northcutt et al. 2021)" if known else text
 

@@ -79,7 +79,8 @@ def full_run(config: Config, data: Dataset, mesh: Mesh) -> tuple[float, float]:
     trainer.compiled.train = program.put_split(data.train, mesh)
     trainer.run(config.train.length)
     seconds = time.perf_counter() - start
-    return seconds, evaluation.evaluate(trainer.state.model, *data.test).accuracy
+    state = program.with_batch_statistics(config, trainer.state, data.train)
+    return seconds, evaluation.evaluate(state.model, *data.test).accuracy
 
 
 def full_runs(config: Config, data: Dataset, mesh: Mesh, count: int) -> Row:

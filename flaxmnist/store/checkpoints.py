@@ -31,9 +31,9 @@ ARRAYS = ("step", "params", "opt_state", "ema", "epoch")
 
 
 def arrays_of(state: TrainState) -> dict[str, Any]:
-    """Return the arrays of a state by name, without buffers if the model has none, as before there were any."""
-    arrays = {name: getattr(state, name) for name in ARRAYS}
-    return arrays | {"buffers": state.buffers} if state.buffers else arrays
+    """Return the arrays of a state by name, without those that it lacks, as before there were any."""
+    optional = {"buffers": state.buffers, "statistics": state.statistics}
+    return {name: getattr(state, name) for name in ARRAYS} | {name: tree for name, tree in optional.items() if tree}
 
 
 LIBC = ctypes.CDLL(None)

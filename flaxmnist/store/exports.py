@@ -73,7 +73,7 @@ def write(trained: Trained, folder: Path) -> list[Path]:
 
     source: dict[str, Any] = {"config": trained.config, "data": trained.data, "step": int(trained.state.step)}
     state = jax.device_get(trained.state)
-    weights = fields.flatten(state.weights) | fields.flatten(state.buffers)
+    weights = fields.flatten(state.weights) | fields.flatten(state.evaluation_buffers)
     shape = ", ".join(map(str, ("n", *trained.data.shape)))
     contents = {
         "model.safetensors": save(weights, {"flaxmnist": json.dumps(fields.to_json(source))}),

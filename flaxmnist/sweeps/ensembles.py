@@ -11,8 +11,8 @@ from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.errors import UserError
 from flaxmnist.store.files import read_json
 from flaxmnist.store.load import classes_of, get_split, load_training_data
-from flaxmnist.sweeps.folder import load_trials
-from flaxmnist.sweeps.results import BestSetting, SweepInfo, SweepResult
+from flaxmnist.sweeps.folder import load_sweep, load_trials
+from flaxmnist.sweeps.results import BestSetting, SweepInfo
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ def load_members(workdir: str | Path, size: int | None = None, *, config: Config
     models = [model for trial, model in load_trials(folder, classes) if trial.setting == best.setting]
     count = len(models) if size is None else size
     if not 1 <= count <= len(models):
-        raise UserError(f"{folder} has {len(models)} trials of its best setting: pass --ensemble a number up to that")
+        raise UserError(f"{folder} has {len(models)} trials of its best setting: use at most as many")
     return models[:count]
 
 
 def best_setting(folder: Path) -> BestSetting:
     """Return the best setting of the sweep in ``folder``. Raise UserError if there is none."""
-    best = read_json(folder / "result.json", SweepResult).best
+    best = load_sweep(folder).result.best
     if best is None:
         raise UserError(f"{folder} has no best setting: an ensemble needs validation images, or a single setting")
     return best

@@ -55,9 +55,9 @@ class TrialResult(Setting):
     failed: str | None  # the reason, if it diverged
     test: dict[str, float] | None = None  # all metrics; None in old files
     validation: dict[str, float] | None = None
-    # Where equal trials may differ. None in old files.
-    seconds: float | None = field(default=None, compare=False)  # of training; a mean if trials are trained at once
-    git_commit: str | None = field(default=None, compare=False)  # of the code that ended the trial
+    # Not compared: equal trials may differ here. None in old files.
+    train_seconds: float | None = field(default=None, compare=False)  # the mean, if trials are trained at once
+    git_commit: str | None = field(default=None, compare=False)  # of the code
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,7 +118,7 @@ class Trials:
                 self.validation[row] = scores.scores
 
     def trial_state(self, row: int) -> TrainState:
-        """Return the state of a trial as it is evaluated and saved."""
+        """Return the state of a trial, ready for evaluation."""
         trial, state = self.trials[row], jax.tree.map(lambda x: x[row], self.state)
         return with_batch_statistics(trial.config, state, trial.data.train)
 
@@ -127,7 +127,7 @@ class Trials:
         trial, state = self.trials[row], self.trial_state(row)
         shape, classes = trial.data.train.images.shape[1:], trial.data.classes
         alone = steps.state_shapes(trial.config, shape, classes)
-        buffers = fields.flatten(state.buffers)
+        buffers = fields.flatten(state.evaluation_buffers)
         return fields.flatten(state.weights) | {name: buffers[name] for name in fields.flatten(alone.buffers)}
 
     def result(self, row: int) -> TrialResult:
@@ -148,7 +148,7 @@ class Trials:
             failed=failed,
             test=None if failed else test.scores,
             validation=validation,
-            seconds=self.seconds / len(self.trials),
+            train_seconds=self.seconds / len(self.trials),
             git_commit=git_commit(),
         )
 
