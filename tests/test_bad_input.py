@@ -268,7 +268,7 @@ OPTIONS = {
     "evaluate": [*SHARED, "--split", "--ensemble", "--shifts", "--plot"],
     "predict": [*SHARED, "--json", "--shifts"],
     "export": [*SHARED, "--out"],
-    "sweep": [*SHARED, *RUNNING, "--seeds", "--over", "--random", "--share-order", "--exact"],
+    "sweep": [*SHARED, *RUNNING, "--seeds", "--over", "--random", "--share-order", "--exact", "--validation"],
     "benchmark": [*SHARED, "--json", "--peer", "--plot"],
 }
 WORDS = [

@@ -116,6 +116,7 @@ def test_sweep_command(tmp_path):
         "    train=Train(batch_size=50, epochs=2, evaluate_every=10))\n"
     )
     options = ["--seeds", 3, "--over", "optimizer.learning-rate=0.01,0.1", "--workdir", tmp_path / "swept"]
+    options += ["--validation", 400]
     arguments = [experiment, *options]
     first = launch("sweep", *arguments)
     assert first.returncode == 0, first.stderr
@@ -126,10 +127,10 @@ def test_sweep_command(tmp_path):
     refused = launch("sweep", *arguments)
     assert refused.returncode == 2
     assert len(refused.stderr.splitlines()) == 1
-    evaluated = launch("evaluate", tmp_path / "swept", "--ensemble", "--shifts", 1)
+    evaluated = launch("evaluate", tmp_path / "swept", "--ensemble", "--shifts", 1, "--split", "validation")
     assert evaluated.returncode == 0, evaluated.stderr
     assert "ensemble of 3" in evaluated.stdout
-    assert "360 images" in evaluated.stdout
+    assert "400 images" in evaluated.stdout
     without_workdir = launch("sweep", *arguments[:3], "--random", 2, "--over", "optimizer.learning-rate=1e-3..1,log")
     assert without_workdir.returncode == 2
 

@@ -1,6 +1,6 @@
 """Train many trials at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -24,6 +24,7 @@ class Arguments:
     seeds: int = 8  # trials of each setting, with seeds 0, 1, …
     over: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # FIELD=V1,V2,… or, with --random, FIELD=LOW..HIGH[,log]
     random: int | None = None  # sample N random settings instead of all combinations
+    validation: int | None = None  # training images to hold out; default: those of the experiment
     share_order: bool = False  # train all trials on the batches of the first seed: faster for small models
     exact: bool = False  # make every trial bitwise identical to a run trained by itself
     resume: bool = False  # continue the unfinished trials in --workdir
@@ -42,10 +43,7 @@ def sweep(arguments: Arguments) -> None:
         raise UserError(f"--grace must be in (0, 86400] seconds, but is {arguments.grace}")
     if arguments.seeds < 1:
         raise UserError(f"--seeds must be at least 1, but is {arguments.seeds}")
-    experiments = [
-        Experiment(config, load_data(config.data, arguments.data_dir), **functions)
-        for config, functions in map(read_experiment, arguments.experiments)
-    ]
+    experiments = [load(arguments, file) for file in arguments.experiments]
     program.use_compilation_cache()
     with signals.stop_on_signals(arguments.grace) as stop:
         result = run_sweep(
@@ -62,6 +60,14 @@ def sweep(arguments: Arguments) -> None:
         )
     reports.write_sweep(result, arguments.workdir)
     print(text.sweep_report(result))
+
+
+def load(arguments: Arguments, file: Path) -> Experiment:
+    """Return an experiment with its data, of which ``--validation`` images are held out."""
+    config, functions = read_experiment(file)
+    if arguments.validation is not None:
+        config = replace(config, data=replace(config.data, validation=arguments.validation))
+    return Experiment(config, load_data(config.data, arguments.data_dir), **functions)
 
 
 def main(argv: list[str]) -> int:
