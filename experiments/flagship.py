@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 import flaxmnist as fm
-from flaxmnist.config import Adam, Augment, Config, Data, Objective, Train, WarmupStableDecay
+from flaxmnist.config import Augment, Config, Data, Muon, Objective, Train, WarmupStableDecay
 
 
 class Layer(nnx.Module):
@@ -27,9 +27,10 @@ class Layer(nnx.Module):
 class Network(nnx.Module):
     """Stages with max-pooling between them: a layer that widens the image, then residual ones; the mean over pixels."""
 
-    def __init__(self, channels: int, widths: tuple[int, ...], blocks: int, classes: int, rngs: nnx.Rngs):
+    def __init__(self, channels: int, stages: tuple[tuple[int, int], ...], classes: int, rngs: nnx.Rngs):
+        widths = [width for width, _ in stages]
         self.widening = nnx.List(Layer(*pair, rngs) for pair in pairwise((4 * channels, *widths)))
-        self.residual = nnx.List(nnx.List(Layer(width, width, rngs) for _ in range(blocks)) for width in widths)
+        self.residual = nnx.List(nnx.List(Layer(width, width, rngs) for _ in range(count)) for width, count in stages)
         self.logits = nnx.Linear(widths[-1], classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -45,17 +46,21 @@ class Network(nnx.Module):
 class Flagship:
     """A residual network on blocks of 2×2 pixels."""
 
-    widths: tuple[int, ...] = (48, 96, 192)  # channels of each stage
-    blocks: int = 2  # residual layers of each stage
+    stages: tuple[tuple[int, int], ...] = ((48, 2), (96, 2), (192, 1))  # channels and number of residual layers
 
     def make(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> Network:
-        return Network(shape[2], self.widths, self.blocks, classes, rngs)
+        return Network(shape[2], self.stages, classes, rngs)
 
 
 config = Config(
     name="flagship",
     model=Flagship(),
-    optimizer=Adam(learning_rate=3e-3, schedule=WarmupStableDecay(warmup=0.1, decay=0.9, end=0.001)),
+    optimizer=Muon(
+        learning_rate=0.015,
+        momentum=0.9,
+        newton_schulz_steps=2,
+        schedule=WarmupStableDecay(warmup=0.1, decay=0.9, end=0.001),
+    ),
     objective=Objective(labels="one_hot", label_smoothing=0.1),
     data=Data(validation=0, augment=Augment(shift=1.5, rotate=12, scale=0.1, elastic=0.7)),
     train=Train(batch_size=128, epochs=16, ema_decay=0.999, statistics_images=4000),

@@ -19,18 +19,8 @@ from flaxmnist.data import order
 from flaxmnist.devices import evaluation
 
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
-LARGE = {
-    "cnn_experts",
-    "cnn_layers",
-    "record",
-    "speedrun",
-    "speedrun_994",
-    "speedrun_995",
-    "tiny",
-    "resnet",
-    "flagship",
-    "distilled",
-}
+LARGE = {"cnn_experts", "cnn_layers", "flagship", "record", "resnet", "tiny"}
+LARGE |= {"speedrun", "speedrun_994", "speedrun_995"}
 
 
 def load(name: str, count: int) -> Config:

@@ -122,7 +122,7 @@ def test_distillation_of_a_committee(few, tmp_path, monkeypatch):
     """The targets are the mean probabilities of the members for the images of the step."""
     config = small("mlp", data=Data(name="digits", augment=Augment(shift=2.0)))
     run_sweep([Experiment(config, few)], [0, 1], [{}], devices=1, workdir=tmp_path)
-    functions = read_experiment(ROOT / "experiments/distilled.py").options
+    functions = read_experiment(EXAMPLES / "committee.py").options
     monkeypatch.setitem(functions["arrays"].__globals__, "COMMITTEE", tmp_path)
     run = fit_on_one(config, few, **functions)
     state, config = fm.create_state(config, (28, 28), 10), fm.resolve_length(config, len(few.train.labels))

@@ -71,9 +71,10 @@ def print_digit(digit: int, font: str) -> Image.Image:
 
 @pytest.mark.slow
 @pytest.mark.skipif("FLAXMNIST_DATA" not in os.environ, reason="FLAXMNIST_DATA names no folder with MNIST")
-def test_good_model_reads_drawn_and_printed_digits(tmp_path):
-    experiment = fm.load_experiment("experiments/speedrun.py")
-    config = replace(experiment, train=replace(experiment.train, steps=1000))
+@pytest.mark.parametrize(("name", "steps", "least"), [("speedrun", 1000, 18), ("flagship", 500, 19)])
+def test_good_models_read_drawn_and_printed_digits(name, steps, least, tmp_path):
+    experiment = fm.load_experiment(name)
+    config = replace(experiment, train=replace(experiment.train, steps=steps, epochs=None))
     run = fm.fit(config, fm.load_data(config.data, os.environ["FLAXMNIST_DATA"]), devices=1)
     assert run.result.test_accuracy >= 0.99
     drawn = [draw_digit(digit, width=6 + 4 * digit, slant=0.02 * (digit - 4)) for digit in range(10)]
@@ -81,7 +82,7 @@ def test_good_model_reads_drawn_and_printed_digits(tmp_path):
         picture.save(tmp_path / f"{index:02d}.png")
     images = np.stack([read_digit(path) for path in sorted(tmp_path.iterdir())])
     predictions, _ = fm.predict(run.model, images)
-    assert (predictions == np.arange(20) % 10).sum() >= 18, predictions
+    assert (predictions == np.arange(20) % 10).sum() >= least, predictions
 
 
 def test_predict_shows_the_images(digits, few, tmp_path, capsys):

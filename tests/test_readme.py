@@ -83,7 +83,7 @@ def test_python_snippets_run_one_after_another():
     [
         ("README.md", "Start", 1, 1),
         ("README.md", "Experiments", 2, 1),
-        ("launch/README.md", "One run", 9, 3),
+        ("launch/README.md", "One run", 11, 3),
         ("launch/README.md", "Pictures and reports", 6, 3),
         ("experiments/README.md", "Your own step", 2, 2),
     ],
