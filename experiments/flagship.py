@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 import flaxmnist as fm
-from flaxmnist.config import Augment, Config, Data, Muon, Objective, Train, WarmupStableDecay
+from flaxmnist.config import Augment, Config, Data, Muon, Train, WarmupStableDecay
 
 
 class Layer(nnx.Module):
@@ -61,7 +61,6 @@ config = Config(
         newton_schulz_steps=2,
         schedule=WarmupStableDecay(warmup=0.1, decay=0.9, end=0.001),
     ),
-    objective=Objective(labels="one_hot", label_smoothing=0.1),
     data=Data(validation=0, augment=Augment(shift=1.5, rotate=12, scale=0.1, elastic=0.7)),
     train=Train(batch_size=128, epochs=16, ema_decay=0.999, statistics_images=4000),
 )
