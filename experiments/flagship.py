@@ -1,6 +1,9 @@
 """The highest accuracy for one network: residual, batch normalisation, distorted images, averaged weights.
 
-python launch/train.py experiments/flagship.py
+    python launch/train.py experiments/flagship.py
+
+Not measured in full yet. A prototype, without the first normalisation, reached 99.67 ± 0.05 % of 10,000 held-out
+training images (mean ± std, seeds 0 and 1); a run takes 15 min on two cores of an AMD EPYC with AVX-512.
 """
 
 from dataclasses import dataclass

@@ -48,7 +48,7 @@ def test_members_and_groups_are_rows_for_pandas(sweep):
     members, groups = pandas.DataFrame(sweep.members), pandas.DataFrame(sweep.groups)
     assert [*members.columns] == [
         *("experiment", "fields", "seed", "test_accuracy", "validation_accuracy", "test_loss"),
-        *("params_sha256", "failed", "test", "validation"),
+        *("params_sha256", "failed", "test", "validation", "train_seconds", "git_commit"),
     ]
     assert members["fields"].tolist() == 3 * [{"optimizer.learning_rate": 1e-5}] + 3 * [
         {"optimizer.learning_rate": 0.1}
