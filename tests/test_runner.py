@@ -149,6 +149,8 @@ def test_killed_sweep_resumes_to_the_same_results(tmp_path):
     resumed = launch("sweep", *arguments, tmp_path / "killed", "--resume")
     assert "resuming: 3 trials are finished" in resumed.stderr
     one, other = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("full", "killed"))
+    for trial in one["members"] + other["members"]:
+        assert trial.pop("train_seconds") > 0
     assert one["members"] == other["members"]
     with np.load(tmp_path / "full/curves.npz") as a, np.load(tmp_path / "killed/curves.npz") as b:
         assert_same(dict(a), dict(b))
