@@ -1,6 +1,7 @@
 """Experiment files: Python files that define a ``config`` and, if they like, their own ``step`` and ``arrays``."""
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,8 @@ def find_experiment(name: str | Path) -> Path:
     """Return the path of an experiment: a file, or the name of one that comes with flaxmnist, such as "quickstart"."""
     here = Path(__file__).parent  # in a wheel, it contains the experiments
     files = [folder / f"experiments/{name}.py" for folder in (here, here.parent) if str(name).isidentifier()]
-    return next(filter(Path.is_file, [Path(name), *files]), Path(name))
+    # Path.is_file raises OSError if a name is too long.
+    return next(filter(os.path.isfile, [Path(name), *files]), Path(name))
 
 
 def load_module(path: Path) -> ModuleType:
@@ -50,7 +52,7 @@ def load_experiment(path: str | Path) -> Config:
 def read_experiment(path: str | Path) -> ExperimentFile:
     """Run an experiment file and return its config, and its step if it has one. Raise as ``load_experiment`` does."""
     path = find_experiment(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"no experiment file {path}: pass the path of a .py file, or a name such as quickstart")
     try:
         names = vars(load_module(path.resolve()))

@@ -158,6 +158,7 @@ def test_command(tmp_path):
     ("arguments", "message"),
     [
         (["nothing"], "no experiment file"),
+        (["a" * 300], "no experiment file"),
         (["--json", "nowhere/figures.json"], "create the folder nowhere"),
         (["--runs", "-1"], "--runs must be at least 0"),
         (["--tracks"], "pass --runs 30"),
