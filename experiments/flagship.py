@@ -31,14 +31,15 @@ class Layer(nnx.Module):
 class Network(nnx.Module):
     """Stages with max-pooling between them: a layer that widens the image, then residual ones; the mean over pixels."""
 
-    def __init__(self, channels: int, stages: tuple[tuple[int, int], ...], classes: int, rngs: nnx.Rngs):
+    def __init__(self, channels: int, block: int, stages: tuple[tuple[int, int], ...], classes: int, rngs: nnx.Rngs):
         widths = [width for width, _ in stages]
-        self.widening = nnx.List(Layer(*pair, rngs) for pair in pairwise((4 * channels, *widths)))
+        self.block = block
+        self.widening = nnx.List(Layer(*pair, rngs) for pair in pairwise((block**2 * channels, *widths)))
         self.residual = nnx.List(nnx.List(Layer(width, width, rngs) for _ in range(count)) for width, count in stages)
         self.logits = nnx.Linear(widths[-1], classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = fm.space_to_depth(x, 2)
+        x = fm.space_to_depth(x, self.block)
         for stage, (widen, layers) in enumerate(zip(self.widening, self.residual, strict=True)):
             x = widen(fm.max_pool(x) if stage else x)
             for layer in layers:
@@ -48,12 +49,13 @@ class Network(nnx.Module):
 
 @dataclass(frozen=True)
 class Flagship:
-    """A residual network on blocks of 2×2 pixels."""
+    """A residual network whose pixels are square blocks of the image's."""
 
+    block: int = 2  # pixels a side
     stages: tuple[tuple[int, int], ...] = ((48, 2), (96, 2), (192, 1))  # channels and number of residual layers
 
     def make(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> Network:
-        return Network(shape[2], self.stages, classes, rngs)
+        return Network(shape[2], self.block, self.stages, classes, rngs)
 
 
 config = Config(
