@@ -19,6 +19,7 @@ from flaxmnist.data.order import batch_indices, resolve_length
 from flaxmnist.data.sets import Dataset, Split, load_data
 from flaxmnist.devices.evaluation import Evaluation, evaluate, predict, predict_logits
 from flaxmnist.experiment import load_experiment
+from flaxmnist.fields import replace
 from flaxmnist.runs import fit
 from flaxmnist.show import plots
 from flaxmnist.show.reports import write as write_report
@@ -60,6 +61,7 @@ __all__ = [
     "plots",
     "predict",
     "predict_logits",
+    "replace",
     "resolve_length",
     "space_to_depth",
     "sum_over_devices",

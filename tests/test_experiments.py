@@ -202,6 +202,21 @@ def test_every_field_has_an_effect(base, field, few, baselines):
     assert observed(change(BASES[base], field.split("."), CHANGES[base][field]), few) != baselines[base]
 
 
+ABLATIONS = sorted((ROOT / "experiments/ablations").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", ABLATIONS, ids=lambda file: file.stem)
+def test_an_ablation_changes_one_part_of_the_flagship(file, digits):
+    flagship, ablation = (fields.flatten(fields.to_json(fm.load_experiment(path))) for path in ("flagship", file))
+    changed = {name for name in flagship | ablation if flagship.get(name) != ablation.get(name)}
+    assert ablation["name"] == file.stem
+    assert len({name.partition(".")[0] for name in changed}) == 2
+    experiment = order.resolve_length(fm.load_experiment(file), len(digits.train.labels))
+    state = steps.state_shapes(experiment, (28, 28, 1), 10)
+    images = jax.ShapeDtypeStruct((2, 28, 28, 1), np.float32)
+    assert jax.eval_shape(lambda state, images: state.model(images), state, images).shape == (2, 10)
+
+
 def test_every_field_is_covered():
     """Except those of initial values, which test_layers covers."""
     covered = {field for fields in CHANGES.values() for field in fields} | set(TESTED_ELSEWHERE)

@@ -119,20 +119,23 @@ def test_distillation(few, tmp_path):
 
 
 def test_distillation_of_a_committee(few, tmp_path, monkeypatch):
-    """The targets are the mean probabilities of the members for the images of the step."""
-    config = small("mlp", data=Data(name="digits", augment=Augment(shift=2.0)))
+    """The targets are the probabilities of the members in turn, for the images of the step."""
+    config = small("mlp", data=Data(name="digits", augment=Augment(shift=2.0)), steps=2)
     run_sweep([Experiment(config, few)], [0, 1], [{}], devices=1, workdir=tmp_path)
     functions = read_experiment(EXAMPLES / "committee.py").options
     monkeypatch.setitem(functions["arrays"].__globals__, "COMMITTEE", tmp_path)
-    run = fit_on_one(config, few, **functions)
-    state, config = fm.create_state(config, (28, 28), 10), fm.resolve_length(config, len(few.train.labels))
-    batch = fm.take_batch(
-        *map(jnp.asarray, few.train), jnp.asarray(fm.batch_indices(config, len(few.train.labels), 0, 1)[0])
-    )
-    images = fm.augmented_images(config, batch.images, 0)
-    targets = np.mean([fm.predict(member, images)[1] for member in fm.load_members(tmp_path)], axis=0)
-    expected = -(targets * np.log(fm.predict(state.model, images)[1])).sum(1).mean()
-    assert train_records(run)[0]["objective"] == pytest.approx(expected, rel=1e-4)
+    records = train_records(fit_on_one(config, few, **functions))
+    before_step = [
+        fm.create_state(config, (28, 28), 10),
+        fit_on_one(fm.replace(config, "train.steps", 1), few, **functions).state,
+    ]
+    config = fm.resolve_length(config, len(few.train.labels))
+    batches = fm.batch_indices(config, len(few.train.labels), 0, 2)
+    for index, member in enumerate(fm.load_members(tmp_path)):
+        images = fm.augmented_images(config, jnp.asarray(few.train.images[batches[index]]), index)
+        targets, probabilities = (fm.predict(model, images)[1] for model in (member, before_step[index].model))
+        expected = -(targets * np.log(probabilities)).sum(1).mean()
+        assert records[index]["objective"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_norms_of_layers_are_recorded(few):

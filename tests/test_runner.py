@@ -37,6 +37,7 @@ def test_best_setting_needs_validation_images(sweep, few):
     (other,) = sweep.result.comparisons
     assert other.n == 3
     assert other.mean < 0
+    assert other.loss.mean > 0
     assert other.reference == "small optimizer.learning_rate=0.1"
     without = fm.sweep(small(), replace(few, validation=None), seeds=2, over=RATES, devices=1)
     assert {group.split for group in without.groups} == {"test"}
@@ -121,7 +122,7 @@ def test_sweep_command(tmp_path):
     first = launch("sweep", *arguments)
     assert first.returncode == 0, first.stderr
     assert "best: small optimizer.learning_rate=0.1: test accuracy 0." in first.stdout
-    assert "same seeds, p = " in first.stdout
+    assert "same seeds: accuracy " in first.stdout
     resumed = launch("sweep", *arguments, "--resume")
     assert resumed.stdout == first.stdout
     refused = launch("sweep", *arguments)

@@ -7,6 +7,7 @@ compared up to rounding, because CPUs and versions of JAX round differently.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -109,7 +110,8 @@ def test_sweep_loads(copy, digits):
     """A finished sweep is loaded, and recognised as the same one when it is resumed."""
     folder = copy("sweep_finished")
     loaded, resumed = load_sweep(folder), resume_sweep(folder, digits)
-    assert loaded.result == resumed.result
+    without_losses = tuple(replace(comparison, loss=None) for comparison in resumed.result.comparisons)
+    assert loaded.result == replace(resumed.result, comparisons=without_losses)
     members = result("sweep_finished")["members"]
     for trial, expected in zip(loaded.members, members, strict=True):
         assert vars(trial).items() >= expected.items()

@@ -25,8 +25,8 @@ def test_comparison_pairs_seeds():
     """The differences at common seeds are −1, −2, −3, so t = −2 / (1 / √3)."""
     reference, other = {0: 5.0, 1: 6.0, 2: 7.0, 9: 0.0}, {2: 4.0, 1: 4.0, 0: 4.0, 8: 1.0}
     comparison = statistics.compare(reference, other)
-    assert comparison["n"] == 3
-    assert comparison["mean"] == -2
-    assert comparison["p_value"] == pytest.approx(0.0742, abs=1e-4)
+    assert comparison.n == 3
+    assert comparison.mean == -2
+    assert comparison.p_value == pytest.approx(0.0742, abs=1e-4)
     for equal in ({0: 1.0, 1: 1.0}, {0: 0.3, 1: 0.4}):
-        assert statistics.compare({0: 0.1, 1: 0.2}, equal | {0: equal[1] - 0.1})["p_value"] is None
+        assert statistics.compare({0: 0.1, 1: 0.2}, equal | {0: equal[1] - 0.1}).p_value is None

@@ -141,7 +141,7 @@ def test_each_package_states_its_rule():
 
 
 def test_experiments_import_only_config_and_public_names():
-    for path in (ROOT / "experiments").glob("*.py"):
+    for path in (ROOT / "experiments").rglob("*.py"):
         own = {name for name in imports(path) if name.split(".")[0] == "flaxmnist"}
         assert {name.rpartition(".")[0] or name for name in own} <= {"flaxmnist.config", "flaxmnist"}, path
 

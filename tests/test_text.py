@@ -184,8 +184,9 @@ def test_a_sweep_is_summarised_by_setting(sweep):
         assert cells(line) == [group.title, "3", *numbers, f"{group.min:.4f}", f"{group.max:.4f}"]
     best, comparison = sweep.result.best, sweep.result.comparisons[0]
     assert lines[6] == f"best: {best.title}: test accuracy {best.test.mean:.4f} ± {best.test.std:.4f} (std), n = 3"
-    assert lines[7].startswith(f"{comparison.title}: {comparison.mean:+.4f} [")
-    assert f"] compared with {best.title}, same seeds, p = " in lines[7]
+    titles = f"{comparison.title} − {best.title}, same seeds: "
+    assert lines[7].startswith(f"{titles}accuracy {comparison.mean:+.4f} [")
+    assert f"), loss {comparison.loss.mean:+.4f} [" in lines[7]
     assert lines[8] == f"{sweep.result.replica_steps_per_second:,.0f} steps/s, all trials together"
 
 

@@ -1,9 +1,9 @@
 """The flagship with Adam."""
 
-from dataclasses import replace
-
 import flaxmnist as fm
-from flaxmnist.config import Adam
+from flaxmnist.config import Adam, WarmupStableDecay
 
-flagship = fm.load_experiment("flagship")
-config = replace(flagship, name="adam", optimizer=Adam(learning_rate=0.003, schedule=flagship.optimizer.schedule))
+SCHEDULE = WarmupStableDecay(warmup=0.1, decay=0.9, end=0.001)
+
+config = fm.replace(fm.load_experiment("flagship"), "name", "adam")
+config = fm.replace(config, "optimizer", Adam(learning_rate=0.003, schedule=SCHEDULE))

@@ -1,13 +1,13 @@
 """The flagship on the middle 24×24 pixels."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 from flax import nnx
 
 import flaxmnist as fm
 
-flagship = fm.load_experiment("flagship")
+FLAGSHIP = fm.load_experiment("flagship")
 
 
 class Crop(nnx.Module):
@@ -23,7 +23,7 @@ class Cropped:
     border: int = 2  # pixels
 
     def make(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs) -> Crop:
-        return Crop(flagship.model.make(shape, classes, rngs), self.border)
+        return Crop(FLAGSHIP.model.make(shape, classes, rngs), self.border)
 
 
-config = replace(flagship, name="crop", model=Cropped())
+config = fm.replace(fm.replace(FLAGSHIP, "name", "crop"), "model", Cropped())

@@ -21,7 +21,7 @@ from flaxmnist.devices import program
 from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.store.load import Run
 from flaxmnist.sweeps.ensembles import Ensemble
-from flaxmnist.sweeps.results import Sweep
+from flaxmnist.sweeps.results import Difference, Sweep
 from flaxmnist.sweeps.statistics import summarise
 
 
@@ -191,15 +191,19 @@ def sweep_report(sweep: Sweep) -> str:
         spread = "" if test.std is None else f" ± {test.std:.4f} (std)"
         lines.append(f"best: {best.title}: test accuracy {test.mean:.4f}{spread}, n = {test.n}")
     for comparison in sweep.result.comparisons:
-        if comparison.ci95 is not None:
-            low, high = comparison.ci95
-            p_value = "" if comparison.p_value is None else f", p = {comparison.p_value:.2g}"
-            lines.append(
-                f"{comparison.title}: {comparison.mean:+.4f} [{low:+.4f}, {high:+.4f}] compared with "
-                f"{comparison.reference}, same seeds{p_value}"
-            )
+        differences = {"accuracy": comparison, "loss": comparison.loss}
+        shown = [f"{name} {difference(values)}" for name, values in differences.items() if values and values.n > 1]
+        if shown:
+            lines.append(f"{comparison.title} − {comparison.reference}, same seeds: {', '.join(shown)}")
     lines.append(f"{sweep.result.replica_steps_per_second:,.0f} steps/s, all trials together")
     return "\n".join(lines)
+
+
+def difference(values: Difference) -> str:
+    """Return "-0.0012 [-0.0020, -0.0004] (p = 0.02)"."""
+    interval = "" if values.ci95 is None else " [{:+.4f}, {:+.4f}]".format(*values.ci95)
+    p_value = "" if values.p_value is None else f" (p = {values.p_value:.2g})"
+    return f"{values.mean:+.4f}{interval}{p_value}"
 
 
 def ensemble_report(ensemble: Ensemble) -> str:

@@ -210,7 +210,9 @@ def read_results(part: dict[str, np.ndarray]) -> dict[int, TrialResult]:
 
 
 def load_sweep(folder: Path) -> Sweep:
-    """Load the finished sweep in ``folder``. Raise UserError if it is unfinished or damaged."""
+    """Load the finished sweep in ``folder``. Raise UserError if there is none, or if it is unfinished or damaged."""
+    if not (folder / "sweep.json").exists():
+        raise UserError(f"there is no sweep in {folder}: train one with launch/sweep.py, or pass another folder")
     if not (folder / "result.json").exists():
         raise UserError(f"{folder} is not finished: continue the sweep with --resume")
     return Sweep(read_json(folder / "result.json", SweepResult), read_arrays(folder / "curves.npz"))

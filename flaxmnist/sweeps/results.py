@@ -88,14 +88,21 @@ class BestSetting(Setting):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison(Setting):
-    """The difference in accuracy between a setting and the reference, at common seeds."""
+class Difference:
+    """Statistics of n paired differences, None if n is too small."""
 
-    reference: str  # title of the setting
     n: int
     mean: float | None
     ci95: tuple[float, float] | None
     p_value: float | None  # of Student's paired t-test
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Difference, Setting):
+    """The difference in accuracy between a setting and the reference, at common seeds."""
+
+    reference: str  # title of the setting
+    loss: Difference | None = None  # the difference in loss; None in old files
 
 
 @dataclass(frozen=True, kw_only=True)

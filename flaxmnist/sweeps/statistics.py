@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from flaxmnist.sweeps.results import (
     BestSetting,
     Comparison,
+    Difference,
     SettingSummary,
     Summary,
     SweepInfo,
@@ -39,8 +39,8 @@ def wilson(fraction: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return centre - half_width, centre + half_width
 
 
-def compare(reference: dict[int, float], other: dict[int, float]) -> dict[str, Any]:
-    """Return n, mean, ci95 and p-value (Student's paired t-test) of ``other`` − ``reference`` at common seeds."""
+def compare(reference: dict[int, float], other: dict[int, float]) -> Difference:
+    """Return the statistics of ``other`` − ``reference`` at common seeds."""
     from scipy import stats
 
     seeds = sorted(reference.keys() & other.keys())
@@ -49,7 +49,7 @@ def compare(reference: dict[int, float], other: dict[int, float]) -> dict[str, A
     # If all differences are equal up to rounding, their variance is 0 and the test is undefined.
     if len(seeds) > 1 and np.ptp(y - x) > 1e-9:
         p_value = float(stats.ttest_rel(y, x).pvalue)
-    return {"n": summary.n, "mean": summary.mean, "ci95": summary.ci95, "p_value": p_value}
+    return Difference(n=summary.n, mean=summary.mean, ci95=summary.ci95, p_value=p_value)
 
 
 def summarise_sweep(info: SweepInfo, trials: Sequence[TrialResult], steps_per_second: float) -> SweepResult:
@@ -63,12 +63,14 @@ def summarise_sweep(info: SweepInfo, trials: Sequence[TrialResult], steps_per_se
     settings: dict[str, list[TrialResult]] = {}
     for trial in trials:
         settings.setdefault(json.dumps(trial.setting), []).append(trial)
-    groups, accuracies = [], []  # of each setting; accuracies by seed
+    groups, accuracies, losses = [], [], []  # of each setting; the last two by seed
     for members in settings.values():
-        by_seed = {trial.seed: getattr(trial, f"{split}_accuracy") for trial in members if trial.failed is None}
-        failed, summary = len(members) - len(by_seed), vars(summarise(list(by_seed.values())))
+        trained = [trial for trial in members if trial.failed is None]
+        accuracies.append({trial.seed: getattr(trial, f"{split}_accuracy") for trial in trained})
+        scores = {trial.seed: getattr(trial, split) for trial in trained}
+        losses.append({seed: score["loss"] for seed, score in scores.items() if score is not None})
+        failed, summary = len(members) - len(trained), vars(summarise(list(accuracies[-1].values())))
         groups.append(SettingSummary(**members[0].setting, split=split, failed=failed, **summary))
-        accuracies.append(by_seed)
     complete = [index for index, group in enumerate(groups) if group.failed == 0]
     best, reference = None, 0
     if complete and (split == "validation" or len(groups) == 1):
@@ -78,7 +80,12 @@ def summarise_sweep(info: SweepInfo, trials: Sequence[TrialResult], steps_per_se
         best = BestSetting(**groups[reference].setting, test=test)
     title = groups[reference].title
     comparisons = [
-        Comparison(**group.setting, reference=title, **compare(accuracies[reference], accuracies[index]))
+        Comparison(
+            **group.setting,
+            **vars(compare(accuracies[reference], accuracies[index])),
+            reference=title,
+            loss=compare(losses[reference], losses[index]),
+        )
         for index, group in enumerate(groups)
         if index != reference and accuracies[reference].keys() & accuracies[index].keys()
     ]
