@@ -43,7 +43,7 @@ def evaluate(arguments: Arguments) -> None:
         size = None if arguments.ensemble == "all" else arguments.ensemble
         ensemble = ensembles.evaluate_ensemble(arguments.workdir, size, **options)
         evaluation, report = ensemble.together, text.ensemble_report(ensemble)
-    elif arguments.workdir.suffix in exports.SUFFIXES:
+    elif arguments.workdir.suffix in exports.EXTRAS:
         if arguments.step != "latest":
             raise UserError(f"{arguments.workdir} holds only one step: omit --step, and pass it to {command('export')}")
         evaluation = exports.evaluate(arguments.workdir, **options)

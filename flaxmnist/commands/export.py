@@ -1,10 +1,11 @@
-"""Export a run as safetensors and StableHLO."""
+"""Export a run as safetensors, StableHLO and ONNX."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
+from flaxmnist import console
 from flaxmnist.commands import command, load_classes
 from flaxmnist.errors import exit_code
 from flaxmnist.store import exports
@@ -21,6 +22,7 @@ class Arguments:
 
 def export(arguments: Arguments) -> None:
     """Export, and print each file, its size and the next commands."""
+    console.show_messages("info")
     folder = arguments.workdir / "export" if arguments.out is None else arguments.out
     config = load_classes(arguments.experiment)
     for file in exports.write(load_checkpoint(arguments.workdir, arguments.step, config), folder):

@@ -1,4 +1,4 @@
-"""Export of a trained model for use without flaxmnist: its weights as safetensors, the whole model as StableHLO.
+"""Export of a trained model for use without flaxmnist: its weights as safetensors, all of it as StableHLO and as ONNX.
 
 The StableHLO file is written by ``jax.export``: a program that contains the weights and takes any number of images, on
 CPU, CUDA and TPU. JAX guarantees that versions of the next six months can read it; older versions may not.
@@ -7,7 +7,7 @@ CPU, CUDA and TPU. JAX guarantees that versions of the next six months can read 
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from jaxtyping import Float, UInt8
 
 from flaxmnist import fields
 from flaxmnist.config import Config, Data
+from flaxmnist.console import logger
 from flaxmnist.core import models
 from flaxmnist.core.convolution import set_form
 from flaxmnist.core.layers import normalise
@@ -27,11 +28,17 @@ from flaxmnist.devices import evaluation
 from flaxmnist.errors import UserError, check_local
 from flaxmnist.store.files import read_json, write_file, write_json
 from flaxmnist.store.load import Trained, classes_of, get_split, load_training_data
+from flaxmnist.store.onnx_model import onnx_model
 from flaxmnist.store.provenance import DataInfo
 
 Content = TypeVar("Content")
 
-SUFFIXES = (".safetensors", ".stablehlo")
+# The extra that a format needs, and its packages.
+EXTRAS = {
+    ".safetensors": ("export", ("flatbuffers", "safetensors")),
+    ".stablehlo": ("export", ("flatbuffers", "safetensors")),
+    ".onnx": ("onnx", ("onnx", "onnxruntime")),
+}
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 # A script of ten lines that does not need flaxmnist.
@@ -62,12 +69,13 @@ class ExportInfo:
 
 
 def write(trained: Trained, folder: Path) -> list[Path]:
-    """Write model.safetensors, model.stablehlo, load.py and model.json to ``folder``, overwriting an earlier export.
+    """Write model.safetensors, .stablehlo, .onnx, .json and load.py to ``folder``, overwriting an earlier export.
 
     The weights are the averaged ones if the run has them. model.json holds config, data, step, the JAX version, and the
-    SHA-256 of both models. Raise UserError if the extra is not installed, or ``folder`` cannot be written to.
+    SHA-256 of the models. If the model cannot be written as ONNX, a warning gives the reason. Raise UserError if the
+    extra is not installed, or ``folder`` cannot be written to.
     """
-    check_extra("an export")
+    check_extra("an export", ".stablehlo")
     check_local(folder)
     from safetensors.numpy import save
 
@@ -80,11 +88,17 @@ def write(trained: Trained, folder: Path) -> list[Path]:
         "model.stablehlo": stablehlo(trained.model, trained.data.shape),
         "load.py": LOADER.format(shape=f"[{shape}]", classes=trained.data.classes).encode(),
     }
-    digests = {suffix: sha256(contents[f"model{suffix}"]) for suffix in SUFFIXES}
+    try:
+        check_extra("model.onnx", ".onnx")
+        contents["model.onnx"] = onnx_model(trained.model, trained.data.shape, trained.data.classes)
+    except UserError as error:
+        logger.warning("no model.onnx: %s", error)
+    digests = {Path(name).suffix: sha256(content) for name, content in contents.items() if name != "load.py"}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "load.py").exists() and not (folder / "model.json").exists():
             raise UserError(f"{folder} has a load.py that is not part of an export: pass another --out")
+        (folder / "model.onnx").unlink(missing_ok=True)
         for name, content in contents.items():
             write_file(folder / name, content)
         config = fields.to_json(trained.config)
@@ -127,19 +141,19 @@ def evaluate(
     config: Config | None = None,
     shifts: int = 0,
 ) -> evaluation.Evaluation:
-    """Evaluate the model in ``file``, which ends in one of SUFFIXES, on a split of the data it was trained on.
+    """Evaluate the model in ``file``, an exported one, on a split of the data it was trained on.
 
     Needs the model.json of the same export. Results from safetensors are bitwise identical to those of the run folder;
-    logits from StableHLO agree to 1e-5 of the largest. Weights of a model of your own need a ``config`` with its class.
-    For ``shifts`` see ``evaluation.predict``. Raise UserError if a file is missing or damaged, if the extra is not
-    installed, or if ``data_dir`` holds other data.
+    logits from StableHLO and ONNX agree to 1e-5 of the largest. Weights of a model of your own need a ``config`` with
+    its class. For ``shifts`` see ``evaluation.predict``. Raise UserError if a file is missing or damaged, if the extra
+    is not installed, or if ``data_dir`` holds other data.
     """
-    check_extra(f"reading {file}")
+    check_extra(f"reading {file}", file.suffix)
     content, info = read_export(file)
     data_config = read_config(file, info.config.get("data"), Data)
     data = load_training_data(file, data_config, info.data, data_dir)
     images, labels = get_split(file, data, split)
-    if file.suffix == ".stablehlo":
+    if file.suffix != ".safetensors":
         logits = evaluation.over_shifts(partial(predict_logits, file, content, info), images, shifts)
         return evaluation.score_logits(logits, images, labels, data.class_names)
     return evaluation.evaluate(load_model(file, content, info, config), images, labels, data.class_names, shifts)
@@ -188,14 +202,12 @@ def load_model(file: Path, content: bytes, info: ExportInfo, config: Config | No
 def predict_logits(
     file: Path, content: bytes, info: ExportInfo, images: UInt8[np.ndarray, "n h w c"]
 ) -> Float[np.ndarray, "n classes"]:
-    """Run the program of a StableHLO file on each image. Raise UserError if it fails or returns anything but logits."""
-    from jax import export
-
+    """Run the program of a StableHLO or ONNX file on each image. Raise UserError unless it returns logits."""
     # The usual batches: 10,000 images at once take a large CNN 2 GB, and twice as long.
     starts = range(0, len(images), evaluation.FORWARD_BATCH)
     try:
-        call = jax.jit(export.deserialize(bytearray(content)).call)
-        batches = [np.asarray(call(images[start : start + evaluation.FORWARD_BATCH])) for start in starts]
+        call = load_program(file, content)
+        batches = [call(images[start : start + evaluation.FORWARD_BATCH]) for start in starts]
     except Exception as error:  # a damaged program can raise anything
         versions = f"written with JAX {info.jax}, cannot be run with JAX {jax.__version__}"
         raise UserError(f"{file}, {versions}: {one_line(error)}") from None
@@ -206,10 +218,24 @@ def predict_logits(
     return logits
 
 
-def check_extra(action: str) -> None:
-    """Raise UserError if the packages that ``action`` needs are not installed."""
-    if any(importlib.util.find_spec(name) is None for name in ("flatbuffers", "safetensors")):
-        raise UserError(f"{action} needs the extra export: pip install -c constraints.txt -e '.[export]'")
+def load_program(file: Path, content: bytes) -> Callable[[UInt8[np.ndarray, "n h w c"]], np.ndarray]:
+    """Return the program in a file as a function of images. Damaged content can raise anything."""
+    if file.suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(content)
+        return lambda images: np.asarray(session.run(None, {"images": images})[0])
+    from jax import export
+
+    program = jax.jit(export.deserialize(bytearray(content)).call)
+    return lambda images: np.asarray(program(images))
+
+
+def check_extra(action: str, suffix: str) -> None:
+    """Raise UserError if the packages that ``action`` on a format needs are not installed."""
+    extra, packages = EXTRAS[suffix]
+    if any(importlib.util.find_spec(name) is None for name in packages):
+        raise UserError(f"{action} needs the extra {extra}: pip install -c constraints.txt -e '.[{extra}]'")
 
 
 def sha256(content: bytes) -> str:
