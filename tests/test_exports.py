@@ -29,7 +29,7 @@ from flaxmnist.store.load import evaluate_run, load_checkpoint
 TOLERANCE = 1e-5
 
 
-NAMES = ("model.safetensors", "model.stablehlo", "load.py", "model.onnx", "model.json")
+NAMES = ("model.safetensors", "model.stablehlo", "load.py", "model.onnx", "model.json", "draw.html")
 
 
 def train_and_export(config, data, folder: Path) -> Path:
@@ -232,8 +232,8 @@ def test_the_command_lists_its_files_and_what_to_try_next(mlp_export, tmp_path, 
     assert main("export")([str(mlp_export.parent), "--out", str(tmp_path / "a/b")]) == 0
     lines = capsys.readouterr().out.splitlines()
     files = [tmp_path / "a/b" / name for name in NAMES]
-    assert lines[:5] == [f"{file}  {file.stat().st_size:,} bytes" for file in files]
-    arguments = lines[5].removeprefix(f"next: {command('evaluate')} ").split()
+    assert lines[:6] == [f"{file}  {file.stat().st_size:,} bytes" for file in files]
+    arguments = lines[6].removeprefix(f"next: {command('evaluate')} ").split()
     assert main("evaluate")(arguments) == 0
     assert main("evaluate")([str(mlp_export.parent)]) == 0
     reports = capsys.readouterr().out

@@ -4,12 +4,12 @@ import base64
 import json
 import re
 import shutil
-import subprocess
 import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from browser import browse, needs_browser
 from conftest import main, small
 from PIL import Image
 
@@ -162,24 +162,16 @@ window.addEventListener("load", () => {
 });
 </script>"""
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@needs_browser
 def test_a_browser_displays_every_picture(copy):
     page, pictures = reports.write([copy / "cnn"])
     checked = copy / "checked.html"
     checked.write_text(page.read_text() + CHECK)
-
-    def browse(*options):
-        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *options]
-        return subprocess.run([*command, checked.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-
-    dumped = browse("--dump-dom")
+    dumped = browse(checked, "--dump-dom")
     assert f"<title>{len(pictures)} of {len(pictures)} drawn</title>" in dumped.stdout
-    assert "CONSOLE" not in dumped.stderr, dumped.stderr
-    browse(f"--screenshot={copy}/page.png", "--window-size=1000,6000", "--hide-scrollbars")
+    browse(checked, f"--screenshot={copy}/page.png", "--window-size=1000,6000", "--hide-scrollbars")
     with Image.open(copy / "page.png") as screenshot:
         assert screenshot.size == (1000, 6000)
         bands = [screenshot.crop((0, top, 1000, top + 1000)).getcolors(2) for top in range(0, 5000, 1000)]

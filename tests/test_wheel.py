@@ -48,7 +48,8 @@ def test_every_verb_runs(wheel, digits, tmp_path):
     assert "digit.png: " in flaxmnist("predict", "run", "digit.png")
     assert "run/report.html" in flaxmnist("report", "run")
     assert "n = 2" in flaxmnist(*SWEEP, "--workdir", "swept")
-    assert "next: flaxmnist evaluate run/export/model.stablehlo" in flaxmnist("export", "run")
+    exported = flaxmnist("export", "run")
+    assert "run/export/draw.html  " in exported and "next: flaxmnist evaluate run/export/model.stablehlo" in exported
     assert "360 images" in flaxmnist("evaluate", "run/export/model.stablehlo")
     assert "default: the five" in flaxmnist("benchmark", "--help")
     assert "quickstart" in flaxmnist("benchmark", "quickstart")

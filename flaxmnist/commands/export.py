@@ -1,5 +1,6 @@
-"""Export a run as safetensors, StableHLO and ONNX."""
+"""Export a run as safetensors, StableHLO and ONNX, and write a page to draw digits on."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,28 +8,40 @@ import tyro
 
 from flaxmnist import console
 from flaxmnist.commands import command, load_classes
-from flaxmnist.errors import exit_code
+from flaxmnist.errors import UserError, exit_code
+from flaxmnist.show import draw
 from flaxmnist.store import exports
 from flaxmnist.store.load import load_checkpoint
 
 
 @dataclass(frozen=True)
 class Arguments:
-    workdir: tyro.conf.Positional[Path]  # run folder
+    workdir: tyro.conf.Positional[Path]  # run folder, or that of a sweep, which gets a page for its committee
     step: str = "latest"  # checkpoint: latest, best (by train.monitor), or a step
     out: Path | None = None  # output folder, replaces an earlier export; default: WORKDIR/export
+    large: bool = False  # write the page even if it has more than 8 MB
     experiment: Path | None = None  # experiment file, if its model is not built in
 
 
 def export(arguments: Arguments) -> None:
     """Export, and print each file, its size and the next commands."""
     console.show_messages("info")
-    folder = arguments.workdir / "export" if arguments.out is None else arguments.out
-    config = load_classes(arguments.experiment)
-    for file in exports.write(load_checkpoint(arguments.workdir, arguments.step, config), folder):
+    workdir, step, config = arguments.workdir, arguments.step, load_classes(arguments.experiment)
+    folder = workdir / "export" if arguments.out is None else arguments.out
+    is_sweep = os.path.exists(workdir / "sweep.json")
+    files = [] if is_sweep else exports.write(load_checkpoint(workdir, step, config), folder)
+    try:
+        files.append(draw.write(workdir, folder, step, config, large=arguments.large))
+    except UserError as error:
+        if is_sweep:
+            raise
+        (folder / "draw.html").unlink(missing_ok=True)
+        console.logger.warning("no draw.html: %s", error)
+    for file in files:
         print(f"{file}  {file.stat().st_size:,} bytes")
-    print(f"next: {command('evaluate')} {folder / 'model.stablehlo'}")
-    print(f"      python {folder / 'load.py'} IMAGES.npy")
+    if not is_sweep:
+        print(f"next: {command('evaluate')} {folder / 'model.stablehlo'}")
+        print(f"      python {folder / 'load.py'} IMAGES.npy")
 
 
 def main(argv: list[str]) -> int:

@@ -69,8 +69,8 @@ def run(jaxpr: Any, constants: Sequence[Any], inputs: Sequence[Any], nodes: list
             results = results if equation.primitive.multiple_results else [results]
         else:
             operands = tuple(index_of(argument, nodes) for argument in arguments)
-            shape = list(equation.outvars[0].aval.shape)
-            nodes.append(Operation(name, operands, shape, options_of(name, options)))
+            chosen = {key: plain(value) for key, value in options_of(name, options).items()}
+            nodes.append(Operation(name, operands, plain(equation.outvars[0].aval.shape), chosen))
             results = [len(nodes) - 1]
         values |= zip(equation.outvars, results, strict=True)
     return list(map(value, jaxpr.outvars))
@@ -120,31 +120,37 @@ def options_of(name: str, params: dict[str, Any]) -> dict[str, Any]:
         case "integer_pow":
             return {"power": params["y"]}
         case "transpose":
-            return {"permutation": list(params["permutation"])}
+            return {"permutation": params["permutation"]}
         case "broadcast_in_dim":
-            return {"axes": list(params["broadcast_dimensions"])}
+            return {"axes": params["broadcast_dimensions"]}
         case "reduce_max" | "reduce_min" | "reduce_sum":
-            return {"axes": list(params["axes"])}
+            return {"axes": params["axes"]}
         case "concatenate":
             return {"axis": params["dimension"]}
         case "slice":
-            starts, limits = list(params["start_indices"]), list(params["limit_indices"])
-            return {"starts": starts, "limits": limits, "strides": list(params["strides"] or (1,) * len(starts))}
+            starts, limits = params["start_indices"], params["limit_indices"]
+            return {"starts": starts, "limits": limits, "strides": params["strides"] or (1,) * len(starts)}
         case "pad" if all(interior == 0 for _, _, interior in params["padding_config"]):
-            return {"padding": [list(map(int, pair[:2])) for pair in params["padding_config"]]}
+            return {"padding": [pair[:2] for pair in params["padding_config"]]}
         case "dot_general":
             contracted, batch = params["dimension_numbers"]
-            return {"contracted": list(map(list, contracted)), "batch": list(map(list, batch))}
+            return {"contracted": contracted, "batch": batch}
         case "conv_general_dilated" if is_usual_convolution(params):
-            padding, groups = [list(map(int, pair)) for pair in params["padding"]], params["feature_group_count"]
-            return {"strides": list(params["window_strides"]), "padding": padding, "groups": groups}
+            options = {"strides": params["window_strides"], "padding": params["padding"]}
+            return options | {"groups": params["feature_group_count"]}
         case "reduce_window_max" | "reduce_window_sum" if is_usual_pooling(params):
-            window, strides = params["window_dimensions"], params["window_strides"]
-            padding = [list(map(int, pair)) for pair in params["padding"][1:3]]
-            return {"window": list(window[1:3]), "strides": list(strides[1:3]), "padding": padding}
+            options = {"window": params["window_dimensions"], "strides": params["window_strides"]}
+            return {name: sizes[1:3] for name, sizes in (options | {"padding": params["padding"]}).items()}
         case _ if name in ELEMENTWISE:
             return {}
     raise UserError(f"the model has an operation that only JAX can compute: {name}")
+
+
+def plain(value: Any) -> Any:
+    """Return nested tuples of integers as lists, and NumPy's integers as Python's."""
+    if isinstance(value, list | tuple):
+        return list(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def is_usual_convolution(params: dict[str, Any]) -> bool:

@@ -244,6 +244,8 @@ h2 {{ margin-top: 3rem; border-bottom: 1px solid #ccc; break-after: avoid; }}
 def save(title: str, sections: Iterable[Section], out: Path) -> tuple[Path, list[Path]]:
     """Write the page and its pictures to ``out``; return their paths. Raise UserError if that fails."""
     page, body, files = out / "report.html", [], []
+    if (out / "export/draw.html").exists():
+        body.append('<p><a href="export/draw.html">Draw a digit</a> for this model to read.</p>')
     for section in sections:
         body.append(f"<h2>{html.escape(section.title)}</h2>")
         if section.text:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from flax import nnx
 
@@ -11,6 +12,7 @@ from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.errors import UserError
 from flaxmnist.store.files import read_json
 from flaxmnist.store.load import classes_of, get_split, load_training_data
+from flaxmnist.store.provenance import DataInfo
 from flaxmnist.sweeps.folder import load_sweep, load_trials
 from flaxmnist.sweeps.results import BestSetting, SweepInfo
 
@@ -24,27 +26,35 @@ class Ensemble:
     together: Evaluation
 
 
-def load_members(workdir: str | Path, size: int | None = None, *, config: Config | None = None) -> list[nnx.Module]:
+class Committee(NamedTuple):
+    """The models of the trials of a sweep's best setting, with the config and the data of their experiment."""
+
+    setting: BestSetting
+    config: Config
+    data: DataInfo
+    models: list[nnx.Module]
+
+
+def load_committee(folder: Path, size: int | None = None, config: Config | None = None) -> Committee:
     """Load the models of the first ``size`` trials (None: all), by seed, of the best setting of a sweep.
 
-    For ``config`` see ``load_run``. Raise UserError if the sweep in ``workdir`` is unfinished, has no best setting, or
+    For ``config`` see ``load_run``. Raise UserError if the sweep in ``folder`` is unfinished, has no best setting, or
     has fewer trials.
     """
-    folder, classes = Path(workdir), classes_of(config)
-    best = best_setting(folder)
+    best, classes = load_sweep(folder).result.best, classes_of(config)
+    if best is None:
+        raise UserError(f"{folder} has no best setting: an ensemble needs validation images, or a single setting")
     models = [model for trial, model in load_trials(folder, classes) if trial.setting == best.setting]
     count = len(models) if size is None else size
     if not 1 <= count <= len(models):
         raise UserError(f"{folder} has {len(models)} trials of its best setting: use at most as many")
-    return models[:count]
+    trained = read_json(folder / "sweep.json", SweepInfo, classes).experiment(best.experiment)
+    return Committee(best, *trained, models[:count])
 
 
-def best_setting(folder: Path) -> BestSetting:
-    """Return the best setting of the sweep in ``folder``. Raise UserError if there is none."""
-    best = load_sweep(folder).result.best
-    if best is None:
-        raise UserError(f"{folder} has no best setting: an ensemble needs validation images, or a single setting")
-    return best
+def load_members(workdir: str | Path, size: int | None = None, *, config: Config | None = None) -> list[nnx.Module]:
+    """Load the models of a sweep, as ``load_committee`` does."""
+    return load_committee(Path(workdir), size, config).models
 
 
 def evaluate_ensemble(
@@ -55,9 +65,8 @@ def evaluate_ensemble(
     config: Config | None = None,
     shifts: int = 0,
 ) -> Ensemble:
-    """Evaluate the models of ``load_members``, and their mean prediction. For ``shifts`` see ``evaluation.predict``."""
-    best, models = best_setting(workdir), load_members(workdir, size, config=config)
-    trained, saved = read_json(workdir / "sweep.json", SweepInfo, classes_of(config)).experiment(best.experiment)
+    """Evaluate the models of ``load_committee``, and their mean prediction. For ``shifts`` see ``evaluate_run``."""
+    best, trained, saved, models = load_committee(workdir, size, config)
     data = load_training_data(workdir, trained.data, saved, data_dir)
     images = get_split(workdir, data, split)
     members = [evaluation.evaluate(model, *images, data.class_names, shifts) for model in models]

@@ -1,0 +1,445 @@
+const page = JSON.parse(document.getElementById("model").textContent);
+const decode = (text) => new Float32Array(Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer);
+const members = page.members.map((weights) => withConstants(page.nodes, decode(weights)));
+const [height, width, channels] = page.shape;
+const element = (id) => document.getElementById(id);
+const pad = element("pad"), SIDE = pad.width;
+
+// A drawing: strokes are lists of points, with the width of the pen; a picture is ink from an image file.
+let strokes = [], picture = null, answer = null, explained = 0;
+
+// --- The image that the model sees ---------------------------------------------------------------------------------
+
+const BOX = 20, DIGIT = 28, CENTRE = 14, MIN_PEN = 2; // pixels: those of MNIST, and the finest pen in the box
+
+function drawStrokes(context, colour) {
+  Object.assign(context, { lineCap: "round", lineJoin: "round", strokeStyle: colour });
+  for (const { points, pen } of strokes) {
+    context.lineWidth = pen;
+    context.beginPath();
+    context.moveTo(...points[0]);
+    for (const point of points.length > 1 ? points.slice(1) : points) context.lineTo(...point);
+    context.stroke();
+  }
+}
+
+const canvas = (w, h) => Object.assign(document.createElement("canvas"), { width: w, height: h });
+const scratch = canvas(1, 1).getContext("2d", { willReadFrequently: true });
+
+// Return the ink at each pixel of a rectangle that holds all strokes, from 0 to 255. Fine strokes are thickened.
+function inkOf() {
+  if (picture || !strokes.length) return picture || { width: 0, height: 0, data: new Float32Array(0) };
+  const ink = cover(), box = bounds(ink), pen = Math.min(...strokes.map((stroke) => stroke.pen));
+  return box ? thicken(ink, roundEven((MIN_PEN * Math.max(box.width, box.height)) / BOX - pen)) : ink;
+}
+
+// Return how much of each pixel of the pad the strokes cover, around them.
+function cover() {
+  const points = strokes.flatMap((stroke) => stroke.points), margin = 1 + Math.max(...strokes.map((stroke) => stroke.pen)) / 2;
+  const [left, right, top, bottom] = [0, 0, 1, 1].map((axis, side) => {
+    const places = points.map((point) => point[axis]);
+    const place = side % 2 ? Math.ceil(Math.max(...places) + margin) : Math.floor(Math.min(...places) - margin);
+    return Math.min(SIDE, Math.max(0, place));
+  });
+  const width = Math.max(1, right - left), height = Math.max(1, bottom - top);
+  Object.assign(scratch.canvas, { width, height });
+  scratch.translate(-left, -top);
+  drawStrokes(scratch, "#000");
+  const { data } = scratch.getImageData(0, 0, width, height), ink = new Float32Array(width * height);
+  for (let i = 0; i < ink.length; i++) ink[i] = data[4 * i + 3];
+  return { width, height, data: ink };
+}
+
+// Return an image in which each pixel spreads over `extra` more pixels, down and to the right.
+function thicken(image, extra) {
+  if (extra <= 0) return image;
+  const width = image.width + extra, height = image.height + extra;
+  const rows = new Float32Array(width * image.height), data = new Float32Array(width * height);
+  for (let i = 0; i < image.data.length; i++) {
+    const place = Math.floor(i / image.width) * width + (i % image.width), value = image.data[i];
+    for (let k = place; value && k <= place + extra; k++) rows[k] = Math.max(rows[k], value);
+  }
+  for (let i = 0; i < rows.length; i++) {
+    for (let k = i; rows[i] && k <= i + extra * width; k += width) data[k] = Math.max(data[k], rows[i]);
+  }
+  return { width, height, data };
+}
+
+// Halves are rounded to an even number, as in Python.
+function roundEven(value) {
+  const rounded = Math.round(value);
+  return Math.abs(value % 1) === 0.5 && rounded % 2 ? rounded - 1 : rounded;
+}
+
+function bounds({ width: w, height: h, data }) {
+  let [left, right, top, bottom] = [w, -1, h, -1];
+  for (let i = 0; i < data.length; i++) {
+    if (data[i] > 0) {
+      const x = i % w, y = (i - x) / w;
+      left = Math.min(left, x); right = Math.max(right, x); top = Math.min(top, y); bottom = Math.max(bottom, y);
+    }
+  }
+  return right < 0 ? null : { left, top, width: right - left + 1, height: bottom - top + 1 };
+}
+
+function crop({ width: w, data }, box) {
+  const part = new Float32Array(box.width * box.height);
+  for (let y = 0; y < box.height; y++) {
+    const start = (box.top + y) * w + box.left;
+    part.set(data.subarray(start, start + box.width), y * box.width);
+  }
+  return { width: box.width, height: box.height, data: part };
+}
+
+function cubic(x) {
+  x = Math.abs(x);
+  return x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
+}
+
+// For each output pixel along an axis: its first input pixel and the weights, with a filter widened when scaling down.
+function filters(from, to) {
+  const scale = from / to, widened = Math.max(1, scale);
+  return Array.from({ length: to }, (_, i) => {
+    const centre = (i + 0.5) * scale, first = Math.max(0, Math.floor(centre - 2 * widened + 0.5));
+    const last = Math.min(from, Math.floor(centre + 2 * widened + 0.5));
+    const weights = Array.from({ length: last - first }, (_, k) => cubic((first + k - centre + 0.5) / widened));
+    const sum = weights.reduce((a, b) => a + b, 0);
+    return { first, weights: weights.map((weight) => weight / sum) };
+  });
+}
+
+const byte = (value) => Math.min(255, Math.max(0, Math.round(value)));
+
+function resize(image, w, h) {
+  const across = filters(image.width, w), down = filters(image.height, h);
+  const rows = new Float32Array(w * image.height), data = new Float32Array(w * h);
+  for (let y = 0; y < image.height; y++) {
+    across.forEach(({ first, weights }, x) => {
+      rows[y * w + x] = byte(weights.reduce((sum, weight, k) => sum + weight * image.data[y * image.width + first + k], 0));
+    });
+  }
+  down.forEach(({ first, weights }, y) => {
+    for (let x = 0; x < w; x++) {
+      data[y * w + x] = byte(weights.reduce((sum, weight, k) => sum + weight * rows[(first + k) * w + x], 0));
+    }
+  });
+  return { width: w, height: h, data };
+}
+
+// Return ink in the form of MNIST's digits: in a box of 20×20 pixels, its centre of mass in the middle of 28×28.
+function toDigit(ink) {
+  const digit = { width: DIGIT, height: DIGIT, data: new Float32Array(DIGIT * DIGIT) }, box = bounds(ink);
+  if (!box) return digit;
+  const scale = BOX / Math.max(box.width, box.height);
+  const [w, h] = [box.width, box.height].map((side) => Math.max(1, roundEven(side * scale)));
+  const small = resize(crop(ink, box), w, h);
+  const mass = small.data.reduce((a, b) => a + b, 0);
+  const mean = (index) => small.data.reduce((sum, value, i) => sum + value * index(i), 0) / mass;
+  const place = (centre, size) => Math.min(DIGIT - size, Math.max(0, roundEven(CENTRE - centre)));
+  const left = place(mean((i) => i % w), w), top = place(mean((i) => Math.floor(i / w)), h);
+  small.data.forEach((value, i) => { digit.data[(top + Math.floor(i / w)) * DIGIT + left + (i % w)] = value; });
+  return digit;
+}
+
+function modelInput() {
+  if (channels === 3) return colours();
+  const digit = toDigit(inkOf());
+  return width === DIGIT && height === DIGIT ? digit.data : resize(digit, width, height).data;
+}
+
+// The pad in colour, for models of colour images.
+function colours() {
+  const small = canvas(width, height).getContext("2d");
+  small.drawImage(pad, 0, 0, width, height);
+  const { data } = small.getImageData(0, 0, width, height);
+  return Float32Array.from({ length: width * height * 3 }, (_, i) => data[4 * Math.floor(i / 3) + (i % 3)]);
+}
+
+// --- The answer ----------------------------------------------------------------------------------------------------
+
+function compute() {
+  if (answer) return answer;
+  const image = modelInput(), values = members.map((nodes) => run(nodes, image));
+  const each = values.map((nodes) => softmax(nodes[nodes.length - 1].data));
+  const probabilities = page.names.map((_, k) => each.reduce((sum, one) => sum + one[k], 0) / each.length);
+  answer = { image, each, probabilities, values: values[0], best: probabilities.indexOf(Math.max(...probabilities)) };
+  return answer;
+}
+
+const blank = () => !strokes.length && !picture;
+
+const bars = page.names.map((name) => {
+  const item = document.createElement("li");
+  item.innerHTML = '<span class="name"></span><span class="bar"><span class="fill"></span></span><span class="percent"></span>';
+  item.querySelector(".name").textContent = item.title = name;
+  const dots = members.length > 1 ? members.map(() => Object.assign(document.createElement("span"), { className: "dot" })) : [];
+  item.querySelector(".bar").append(...dots);
+  element("bars").append(item);
+  element("class").append(new Option(name));
+  return { item, fill: item.querySelector(".fill"), percent: item.querySelector(".percent"), dots };
+});
+element("bars").classList.toggle("named", page.names.some((name) => name.length > 2));
+
+function showAnswer() {
+  const { each, probabilities, best } = compute();
+  bars.forEach(({ item, fill, percent, dots }, k) => {
+    const value = blank() ? 0 : 100 * probabilities[k];
+    fill.style.width = `${value}%`;
+    percent.textContent = blank() ? "" : `${value.toFixed(1)} %`;
+    item.classList.toggle("best", !blank() && k === best);
+    dots.forEach((dot, member) => { dot.hidden = blank(); dot.style.left = `${100 * each[member][k]}%`; });
+  });
+  const text = blank() ? "Draw something" : `${page.names[best]}, ${(100 * probabilities[best]).toFixed(0)} %`;
+  if (element("prediction").textContent !== text) element("prediction").textContent = text;
+}
+
+// --- Pictures ------------------------------------------------------------------------------------------------------
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+// Draw values as blue above 0 and orange below; the largest absolute value is opaque.
+function paint(target, w, h, at, largest) {
+  if (target.width !== w || target.height !== h) Object.assign(target, { width: w, height: h });
+  const [above, below] = dark.matches ? [[86, 180, 233], [230, 159, 0]] : [[0, 114, 178], [213, 94, 0]];
+  const context = target.getContext("2d"), pixels = context.createImageData(w, h);
+  for (let i = 0; i < w * h; i++) {
+    const value = at(i);
+    pixels.data.set(value > 0 ? above : below, 4 * i);
+    pixels.data[4 * i + 3] = 255 * Math.min(1, Math.abs(value) / (largest || 1));
+  }
+  context.putImageData(pixels, 0, 0);
+}
+
+function showInput() {
+  const { image } = compute(), target = element("input");
+  Object.assign(target, { width, height });
+  const context = target.getContext("2d"), pixels = context.createImageData(width, height);
+  for (let i = 0; i < width * height; i++) {
+    const grey = [0, 1, 2].map((channel) => image[i * channels + (channel % channels)]);
+    pixels.data.set([...grey, 255], 4 * i);
+  }
+  context.putImageData(pixels, 0, 0);
+}
+
+const layers = page.layers.map((index) => {
+  const shape = page.nodes[index].shape, box = document.createElement("div"), target = document.createElement("canvas");
+  const title = document.createElement("h3"), maps = shape.length === 4;
+  title.textContent = maps ? `${shape[3]} feature maps of ${shape[1]}×${shape[2]}` : `${count(shape)} values`;
+  target.setAttribute("role", "img");
+  target.setAttribute("aria-label", title.textContent);
+  box.append(title, target);
+  element("layers").append(box);
+  return { index, shape, target, maps };
+});
+element("layers-section").hidden = !layers.length;
+
+function showLayers() {
+  const { values } = compute();
+  for (const { index, shape, target, maps } of layers) {
+    const { data } = values[index], largest = data.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+    if (maps) {
+      const [, h, w, depth] = shape, columns = Math.min(depth, Math.max(8, Math.round(Math.sqrt(2 * depth))));
+      const wide = columns * (w + 1) - 1, high = Math.ceil(depth / columns) * (h + 1) - 1;
+      paint(target, wide, high, (i) => {
+        const x = i % wide, y = Math.floor(i / wide), column = Math.floor(x / (w + 1)), row = Math.floor(y / (h + 1));
+        const inside = x % (w + 1) < w && y % (h + 1) < h, map = row * columns + column;
+        return inside && map < depth ? data[((y % (h + 1)) * w + (x % (w + 1))) * depth + map] : 0;
+      }, largest);
+      target.style.width = `${wide * Math.max(1, Math.min(6, Math.floor(1000 / wide)))}px`;
+    } else {
+      const columns = Math.min(data.length, 64);
+      paint(target, columns, Math.ceil(data.length / columns), (i) => data[i] || 0, largest);
+      target.style.width = `${columns * 12}px`;
+    }
+  }
+}
+
+// --- Evidence: which pixels speak for a class ----------------------------------------------------------------------
+
+const logOdds = (logits, k) => {
+  const others = Array.from(logits).filter((_, i) => i !== k), largest = Math.max(...others);
+  return logits[k] - largest - Math.log(others.reduce((sum, value) => sum + Math.exp(value - largest), 0));
+};
+
+// The weights of a linear model are drawn behind the digit; otherwise blocks of pixels are erased one at a time.
+function* evidence(k) {
+  const { image, values } = compute(), result = new Float32Array(width * height);
+  if (page.weights) {
+    const weights = decode(page.weights).subarray(k * image.length, (k + 1) * image.length);
+    for (let i = 0; i < image.length; i++) result[Math.floor(i / channels)] += weights[i] * (0.25 + image[i] / 255);
+    yield result;
+    return;
+  }
+  const all = logOdds(values[values.length - 1].data, k), side = Math.max(2, Math.round(width / 14));
+  for (let top = 0; top < height; top += side) {
+    for (let left = 0; left < width; left += side) {
+      const erased = image.slice(), places = [];
+      for (let y = top; y < Math.min(height, top + side); y++) {
+        for (let x = left; x < Math.min(width, left + side); x++) places.push(y * width + x);
+      }
+      const ink = places.some((place) => image.subarray(place * channels, (place + 1) * channels).some(Boolean));
+      if (!ink) continue;
+      for (const place of places) erased.fill(0, place * channels, (place + 1) * channels);
+      const nodes = run(members[0], erased), change = all - logOdds(nodes[nodes.length - 1].data, k);
+      for (const place of places) result[place] = change;
+      yield result;
+    }
+  }
+  yield result;
+}
+
+function explain() {
+  const turn = ++explained, target = element("evidence"), choice = element("class");
+  if (blank()) return paint(target, width, height, () => 0, 1);
+  if (!choice.dataset.chosen) choice.selectedIndex = compute().best;
+  const steps = evidence(choice.selectedIndex);
+  (function slice() {
+    if (turn !== explained) return;
+    const end = performance.now() + 12;
+    let step, result;
+    while (!(step = steps.next()).done && performance.now() < end) result = step.value;
+    result = step.value || result;
+    if (result) paint(target, width, height, (i) => result[i], result.reduce((most, value) => Math.max(most, Math.abs(value)), 0));
+    if (!step.done) requestAnimationFrame(slice);
+  })();
+}
+
+// --- Drawing -------------------------------------------------------------------------------------------------------
+
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function showPad() {
+  const context = pad.getContext("2d");
+  context.fillStyle = colour("--paper");
+  context.fillRect(0, 0, SIDE, SIDE);
+  drawStrokes(context, colour("--ink"));
+  if (picture) context.drawImage(picture.canvas, 0, 0);
+  if (document.activeElement === pad && cursor.used) {
+    context.fillStyle = colour("--accent");
+    context.fillRect(cursor.x - 4, cursor.y - 4, 8, 8);
+  }
+}
+
+let frame = 0, pause = 0;
+function changed() {
+  answer = null;
+  explained++;
+  clearTimeout(pause);
+  pause = setTimeout(explain, 300);
+  if (!frame) frame = requestAnimationFrame(show);
+}
+function show() {
+  frame = 0;
+  showPad(); showAnswer(); showInput(); showLayers();
+}
+
+const position = (event) => {
+  const box = pad.getBoundingClientRect(), scale = SIDE / box.width;
+  return [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
+};
+const penWidth = () => Number(element("pen").value);
+const start = (point) => { picture = null; strokes.push({ points: [point], pen: penWidth() }); changed(); };
+const extend = (point) => { strokes[strokes.length - 1].points.push(point); changed(); };
+
+let pointer = null; // the one that draws
+pad.addEventListener("pointerdown", (event) => {
+  if (pointer !== null || event.button > 0) return;
+  pointer = event.pointerId;
+  try { pad.setPointerCapture(pointer); } catch { /* synthetic events have no pointer to capture */ }
+  cursor.used = cursor.down = false;
+  start(position(event));
+});
+pad.addEventListener("pointermove", (event) => {
+  if (event.pointerId !== pointer) return;
+  const moves = event.getCoalescedEvents ? event.getCoalescedEvents() : [];
+  (moves.length ? moves : [event]).forEach((move) => extend(position(move)));
+});
+for (const end of ["pointerup", "pointercancel"]) {
+  pad.addEventListener(end, (event) => { if (event.pointerId === pointer) pointer = null; });
+}
+
+const cursor = { x: SIDE / 2, y: SIDE / 4, down: false, used: false };
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+pad.addEventListener("keydown", (event) => {
+  if (event.key in ARROWS) {
+    const [x, y] = ARROWS[event.key], step = event.shiftKey ? 32 : 12;
+    Object.assign(cursor, { x: cursor.x + step * x, y: cursor.y + step * y, used: true });
+    cursor.x = Math.min(SIDE, Math.max(0, cursor.x));
+    cursor.y = Math.min(SIDE, Math.max(0, cursor.y));
+    if (cursor.down) extend([cursor.x, cursor.y]); else showPad();
+  } else if (event.key === " ") {
+    cursor.used = true;
+    cursor.down = !cursor.down;
+    if (cursor.down) start([cursor.x, cursor.y]);
+  } else return;
+  event.preventDefault();
+});
+
+function undo() {
+  cursor.down = false;
+  if (picture) picture = null; else strokes.pop();
+  changed();
+}
+function clear() {
+  cursor.down = false;
+  strokes = []; picture = null;
+  delete element("class").dataset.chosen;
+  changed();
+}
+element("undo").addEventListener("click", undo);
+element("clear").addEventListener("click", clear);
+element("class").addEventListener("change", () => { element("class").dataset.chosen = "yes"; explain(); });
+addEventListener("keydown", (event) => {
+  if ((event.ctrlKey || event.metaKey) && event.key === "z") { event.preventDefault(); undo(); }
+  if (event.key === "Delete" || event.key === "Escape") clear();
+});
+dark.addEventListener("change", () => { show(); explain(); });
+
+// --- Image files ---------------------------------------------------------------------------------------------------
+
+async function open(file) {
+  if (!file || !file.type.startsWith("image/")) return;
+  const bitmap = await createImageBitmap(file), scale = SIDE / Math.max(bitmap.width, bitmap.height);
+  const [w, h] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
+  const shown = canvas(w, h), context = shown.getContext("2d", { willReadFrequently: true });
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, w, h);
+  context.drawImage(bitmap, 0, 0, w, h);
+  strokes = [];
+  picture = { width: w, height: h, data: separate(context.getImageData(0, 0, w, h).data, w, h), canvas: shown };
+  changed();
+}
+
+// Return the ink of a picture: what differs from its border, up to the grey level of most of the stroke.
+function separate(pixels, w, h) {
+  const grey = Float32Array.from({ length: w * h }, (_, i) =>
+    0.299 * pixels[4 * i] + 0.587 * pixels[4 * i + 1] + 0.114 * pixels[4 * i + 2]);
+  const border = [...grey.keys()].filter((i) => i % w === 0 || i % w === w - 1 || i < w || i >= w * (h - 1));
+  const sorted = border.map((i) => grey[i]).sort((a, b) => a - b), paper = sorted[sorted.length >> 1];
+  const sign = Math.sign(grey.reduce((sum, value) => sum + (value - paper) ** 3, 0));
+  const ink = grey.map((value) => Math.max(0, sign * (value - paper)));
+  const level = ink.reduce((most, value) => Math.max(most, value), 1) * 0.4;
+  const strong = ink.filter((value) => value > level).sort(), full = strong[strong.length >> 1] || 255;
+  return ink.map((value) => (value < level / 2 ? 0 : Math.min(255, (255 * value) / full)));
+}
+
+element("file").addEventListener("change", (event) => open(event.target.files[0]));
+addEventListener("paste", (event) => open([...event.clipboardData.files][0]));
+for (const name of ["dragover", "dragleave", "drop"]) {
+  addEventListener(name, (event) => {
+    event.preventDefault();
+    pad.classList.toggle("drop", name === "dragover");
+    if (name === "drop") open([...event.dataTransfer.files][0]);
+  });
+}
+
+// --- For scripts ---------------------------------------------------------------------------------------------------
+
+window.flaxmnist = {
+  clear,
+  image: () => Array.from(compute().image),
+  probabilities: () => compute().probabilities.slice(),
+  logits: (image) => Array.from(run(members[0], Float32Array.from(image)).pop().data),
+};
+show();
+explain();
