@@ -57,7 +57,11 @@ def test_every_verb_runs(wheel, digits, tmp_path):
 
 @pytest.mark.slow
 def test_the_wheel_contains_the_package_and_the_experiments(wheel):
-    files = {str(path.relative_to(ROOT)) for path in (ROOT / "flaxmnist").rglob("*.py")}
+    files = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "flaxmnist").rglob("*")
+        if path.suffix in (".py", ".html", ".css", ".js")
+    }
     experiments = {f"flaxmnist/experiments/{path.name}" for path in (ROOT / "experiments").glob("*.py")}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == files | experiments | {"flaxmnist/py.typed"}

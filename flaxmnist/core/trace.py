@@ -127,6 +127,8 @@ def options_of(name: str, params: dict[str, Any]) -> dict[str, Any]:
             return {"axes": params["axes"]}
         case "concatenate":
             return {"axis": params["dimension"]}
+        case "stack":
+            return {"axis": params["axis"]}
         case "slice":
             starts, limits = params["start_indices"], params["limit_indices"]
             return {"starts": starts, "limits": limits, "strides": params["strides"] or (1,) * len(starts)}

@@ -123,6 +123,9 @@ class Writer:
                 return self.add("Transpose", *inputs, perm=options["permutation"])
             case "concatenate":
                 return self.add("Concat", *inputs, axis=options["axis"])
+            case "stack":
+                inputs = [self.add("Unsqueeze", name, [options["axis"]]) for name in inputs]
+                return self.add("Concat", *inputs, axis=options["axis"])
             case "slice":
                 ends = [size if isinstance(size, int) else 2**31 for size in options["limits"]]
                 return self.add("Slice", *inputs, options["starts"], ends, list(range(len(ends))), options["strides"])

@@ -201,6 +201,10 @@ function apply({ name, shape, options }, inputs) {
       return gather(x, shape, steps.map((step, axis) => step * options.strides[axis]), start);
     }
     case "concatenate": return concatenate(inputs, shape, options.axis);
+    case "stack": {
+      const part = shape.map((size, axis) => (axis === options.axis ? 1 : size));
+      return concatenate(inputs.map(({ data }) => ({ shape: part, data })), shape, options.axis);
+    }
     case "pad": return withPadding(x, y, shape, options.padding);
     case "dot_general": return product(x, y, shape, options);
     case "conv_general_dilated": return convolution(x, y, shape, options);
