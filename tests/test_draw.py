@@ -119,7 +119,7 @@ def test_the_command_writes_the_page_that_the_report_links(few, tmp_path, capsys
     fm.fit(small("mlp", steps=2), few, tmp_path, devices=1)
     assert main("export")([str(tmp_path)]) == 0
     assert f"{tmp_path}/export/draw.html  " in capsys.readouterr().out
-    page, _ = reports.save("run", [], tmp_path)
+    page, _ = reports.save("run", "", [], tmp_path)
     assert '<a href="export/draw.html">' in page.read_text()
 
 

@@ -4,11 +4,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import evaluated, score, small
 from flax import nnx
 from sklearn.metrics import precision_recall_fscore_support
+from test_onnx import Calls
 
 import flaxmnist as fm
 from flaxmnist.config import Constant, MLPConfig
@@ -55,6 +57,17 @@ def test_the_parameter_table_has_paths_shapes_and_totals(run):
 def test_the_parameter_table_takes_any_module():
     table = text.parameter_table(nnx.to_pure_dict(nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))))
     assert cells(table.splitlines()[-1]) == ["all", "9", "36"]
+
+
+def test_the_table_of_layers_has_outputs_operations_and_bytes():
+    """The convolution has 28·28·4 outputs of 9 inputs each, the first product 16 of 14·14·4; 2 operations an input."""
+    model = fm.CNN(features=(4,), kernel=(3,), dense=16, rngs=nnx.Rngs(0))
+    first, second, third, total = map(cells, text.layer_table(model, (28, 28, 1)).splitlines()[1:])
+    assert first == ["convolution", "28×28×4", "0.056", "12,544", "144"]
+    assert second == ["product", "16", "0.025", "64", "50,176"]
+    assert third == ["product", "10", "0.000", "40", "640"]
+    assert float(total[1]) > 0.081
+    assert "only JAX can compute: sort" in text.layer_table(Calls(lambda x: jnp.sort(x, axis=1)), (28, 28, 1))
 
 
 def test_an_experiment_is_described_with_its_memory(few):

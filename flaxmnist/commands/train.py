@@ -42,7 +42,7 @@ class Arguments:
     deterministic: bool = False  # on GPU, bitwise reproducible but slower; CPU and TPU always are
     heartbeat: float = HEARTBEAT_TIMEOUT  # seconds without a heartbeat after which a process counts as lost
     min_accuracy: float | None = None  # exit with code 4 if the test accuracy is below this fraction
-    print_config: bool = False  # print the config, parameters, operations and memory, then exit
+    print_config: bool = False  # print the config, parameters, layers, operations and memory, then exit
     profile: Path | None = None  # write a profiler trace of a few steps after warm-up to this folder
     log_level: Literal["debug", "info", "warning", "error"] = "info"  # messages on standard error
 

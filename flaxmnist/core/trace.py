@@ -167,3 +167,14 @@ def is_usual_pooling(params: dict[str, Any]) -> bool:
     outer = [(params[name][0], params[name][3]) for name in ("window_dimensions", "window_strides")]
     undilated = params["base_dilation"] == params["window_dilation"] == (1, 1, 1, 1)
     return undilated and len(params["padding"]) == 4 and outer == [(1, 1), (1, 1)]
+
+
+def count_operations(operation: Operation, nodes: list[Node]) -> int:
+    """Return the number of additions and multiplications; all other operations count as one for each value."""
+    values = math.prod(operation.shape)
+    if operation.name == "conv_general_dilated":
+        return 2 * values * math.prod(nodes[operation.inputs[1]].shape[:-1])
+    if operation.name == "dot_general":
+        left, contracted = nodes[operation.inputs[0]].shape, operation.options["contracted"][0]
+        return 2 * values * math.prod(left[axis] for axis in contracted)
+    return values

@@ -90,7 +90,7 @@ def draw_page(models: Sequence[nnx.Module], data: DataInfo, title: str, facts: s
         .format(
             title=html.escape(title),
             facts=html.escape(facts),
-            style=(PAGE / "draw.css").read_text(),
+            style=(PAGE / "page.css").read_text() + (PAGE / "draw.css").read_text(),
             evidence=WEIGHTS if model["weights"] else ERASED,
             model=json.dumps(model, separators=(",", ":")).replace("<", "\\u003c"),
             interpreter=(PAGE / "interpreter.js").read_text(),

@@ -34,11 +34,12 @@ class Picture(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A section of a report: preformatted text, and pictures."""
+    """A section of a report: preformatted text, a table whose first row has the titles, and pictures."""
 
     title: str
-    text: str
-    pictures: Iterable[Picture]
+    text: str = ""
+    table: Sequence[tuple[str, ...]] = ()
+    pictures: Iterable[Picture] = ()
 
 
 def write(
@@ -64,7 +65,7 @@ def write(
     if len(workdirs) == 1:
         (folder,) = workdirs
         run = load_run(folder, config=config)
-        return save(folder.resolve().name, run_sections(folder, run, data_dir, data), out or folder)
+        return save(run.config.name, run_summary(run), run_sections(folder, run, data_dir, data), out or folder)
     parents = {folder.resolve().parent for folder in workdirs}
     if out is None and len(parents) > 1:
         raise UserError("the runs are in several folders: pass --out")
@@ -72,13 +73,16 @@ def write(
     runs = {str(folder.resolve().relative_to(common)): load_run(folder, config=config) for folder in workdirs}
     if len(runs) < len(workdirs):
         raise UserError("a run is listed twice: pass each run once")
-    return save(f"{len(runs)} runs", comparison_sections(runs), out or common)
+    experiments = " and ".join(dict.fromkeys(run.config.name for run in runs.values()))
+    return save(f"{experiments}: {len(runs)} runs", "", comparison_sections(runs), out or common)
 
 
 def write_sweep(sweep: Sweep, folder: Path, out: Path | None = None) -> tuple[Path, list[Path]]:
     """Write the report of a sweep in ``folder``, as ``write`` does."""
-    section = Section("Results", text.sweep_report(sweep), sweep_pictures(sweep))
-    return save(folder.resolve().name, [section], out or folder)
+    result = sweep.result
+    summary = f"{len(result.members)} runs of {len(result.groups)} settings with {len(result.seeds)} seeds."
+    section = Section("Results", text.sweep_report(sweep), pictures=sweep_pictures(sweep))
+    return save(" and ".join(result.experiments), summary, [section], out or folder)
 
 
 # --- Contents -------------------------------------------------------------------------------------------------------
@@ -87,16 +91,17 @@ def write_sweep(sweep: Sweep, folder: Path, out: Path | None = None) -> tuple[Pa
 def run_sections(folder: Path, run: Run, data_dir: Path | None, data: Dataset | None = None) -> Iterator[Section]:
     """Yield the sections for one run, evaluated on the test images if it is finished, else on the validation images."""
     data = load_training_data(folder, run.config.data, run.data, data_dir, data)
-    yield Section("Result", "\n".join(f"{name:<24} {value}" for name, value in facts(run).items()), [])
-    yield Section("Training", "", training_pictures(run))
+    yield Section("Result", "\n".join(f"{name:<24} {value}" for name, value in facts(run).items()))
+    yield Section("Training", pictures=training_pictures(run))
     split_name, split = ("test", data.test) if run.result else ("validation", data.validation)
     if split is not None:
         scores = evaluation.evaluate(run.model, *split, data.class_names)
-        yield Section(f"Predictions on the {split_name} images", text.mistakes(scores), prediction_pictures(scores))
-        yield Section("Scores of each class", text.class_scores(scores), [])
-    yield Section("Model", text.parameter_table(run.state.params), model_pictures(run, data))
-    yield Section("Data", "", data_pictures(data))
-    yield Section("Config", "\n".join(f"{name} = {value}" for name, value in flat_config(run).items()), [])
+        title, pictures = f"Predictions on the {split_name} images", prediction_pictures(scores)
+        yield Section(title, text.mistakes(scores), pictures=pictures)
+        yield Section("Scores of each class", text.class_scores(scores))
+    yield Section("Model", text.parameter_table(run.state.params), pictures=model_pictures(run, data))
+    yield Section("Data", pictures=data_pictures(data))
+    yield Section("Config", "\n".join(f"{name} = {value}" for name, value in flat_config(run).items()))
 
 
 def training_pictures(run: Run) -> Iterator[Picture]:
@@ -157,13 +162,13 @@ def comparison_sections(runs: Mapping[str, Run]) -> Iterator[Section]:
             scores = (result.test_accuracy, result.test_loss, result.validation_accuracy)
             train_seconds = format_number(result.seconds["train"])
             rows.append((name, *map(format_number, scores), steps, f"{result.params:,}", train_seconds))
-    yield Section("Results", text.format_table(rows), comparison_pictures(runs))
+    yield Section("Results", table=rows, pictures=comparison_pictures(runs))
     configs = {name: flat_config(run) for name, run in runs.items()}
     table: list[tuple[str, ...]] = [("field", *configs)]
     for field in dict.fromkeys(field for config in configs.values() for field in config):
         if len({str(config.get(field)) for config in configs.values()}) > 1:
             table.append((field, *(str(config.get(field, "")) for config in configs.values())))
-    yield Section("Fields that differ", text.format_table(table), [])
+    yield Section("Fields that differ", table=table)
 
 
 def comparison_pictures(runs: Mapping[str, Run]) -> Iterator[Picture]:
@@ -180,6 +185,16 @@ def sweep_pictures(sweep: Sweep) -> Iterator[Picture]:
     for field, values in sweep.result.over.items():
         if len(values) > 1 and all(isinstance(value, int | float) for value in values):
             yield Picture(field, f"Accuracy against {field}.", plots.against(sweep, field))
+
+
+def run_summary(run: Run) -> str:
+    """Return accuracy, errors, time and seed of a run in one line."""
+    result, seed = run.result, f"seed {run.config.seed}"
+    if result is None:
+        return f"Step {int(run.state.step):,} of {run.config.train.length:,}, {seed}. Not finished: --resume continues."
+    errors = round((1 - result.test_accuracy) * result.test_count)
+    accuracy = f"{100 * result.test_accuracy:.2f} % of {result.test_count:,} test images, {errors:,} errors"
+    return f"{accuracy}; {result.steps:,} steps, {result.seconds['train']:.1f} s of training, {seed}."
 
 
 def facts(run: Run) -> dict[str, str]:
@@ -220,36 +235,22 @@ def format_number(value: float | None) -> str:
 
 # --- HTML -----------------------------------------------------------------------------------------------------------
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }}
-pre {{ overflow-x: auto; font-size: 0.8rem; line-height: 1.35; }}
-figure {{ margin: 1.5rem 0; break-inside: avoid; }}
-img {{ max-width: 100%; background: white; }}
-figcaption {{ color: #555; }}
-h2 {{ margin-top: 3rem; border-bottom: 1px solid #ccc; break-after: avoid; }}
-@media print {{ pre {{ white-space: pre-wrap; font-size: 7pt; }} }}
-</style>
-<h1>{title}</h1>
-{body}
-</html>
-"""
+PAGE = Path(__file__).parent / "page"
 
 
-def save(title: str, sections: Iterable[Section], out: Path) -> tuple[Path, list[Path]]:
+def save(title: str, summary: str, sections: Iterable[Section], out: Path) -> tuple[Path, list[Path]]:
     """Write the page and its pictures to ``out``; return their paths. Raise UserError if that fails."""
-    page, body, files = out / "report.html", [], []
+    page, body, contents, files = out / "report.html", [], [], []
     if (out / "export/draw.html").exists():
-        body.append('<p><a href="export/draw.html">Draw a digit</a> for this model to read.</p>')
-    for section in sections:
-        body.append(f"<h2>{html.escape(section.title)}</h2>")
+        contents.append('<a href="export/draw.html">Draw a digit</a>')
+    for number, section in enumerate(sections):
+        contents.append(f'<a href="#{number}">{html.escape(section.title)}</a>')
+        body.append(f'<section id="{number}"><h2>{html.escape(section.title)}</h2>')
         if section.text:
             body.append(f"<pre>{html.escape(section.text)}</pre>")
+        if section.table:
+            body.append(html_table(section.table))
+        body.append('<div class="figures">')
         for name, caption, figure in section.pictures:
             content, caption = canvas.png(figure), html.escape(caption)
             files.append(out / "plots" / f"{name}.png")
@@ -258,9 +259,29 @@ def save(title: str, sections: Iterable[Section], out: Path) -> tuple[Path, list
             width = round(canvas.DISPLAY_DPI * figure.get_figwidth())
             image = f'<img alt="{caption}" width="{width}" src="{source}">'
             body.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-    content = PAGE.format(title=html.escape(title), body="\n".join(body))
+        body.append("</div></section>")
+    content = (
+        (PAGE / "report.html")
+        .read_text()
+        .format(
+            title=html.escape(title),
+            summary=html.escape(summary),
+            style=(PAGE / "page.css").read_text() + (PAGE / "report.css").read_text(),
+            contents="\n".join(contents),
+            body="\n".join(body),
+            script=(PAGE / "report.js").read_text(),
+        )
+    )
     write_bytes(page, content.encode(errors="replace"))
     return page, files
+
+
+def html_table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Return a table that can be sorted by its columns. The first row has their titles."""
+    head, *others = ([html.escape(cell) for cell in row] for row in rows)
+    titles = "".join(f'<th scope="col"><button type="button">{title}</button></th>' for title in head)
+    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in others)
+    return f'<div class="table"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def write_bytes(path: Path, content: bytes) -> None:

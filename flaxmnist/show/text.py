@@ -9,16 +9,20 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Float, UInt8
 
 from flaxmnist import fields
 from flaxmnist.config import Config
 from flaxmnist.console import ACTIVITIES
 from flaxmnist.core import steps
+from flaxmnist.core.models import make_model
+from flaxmnist.core.trace import Operation, count_operations, trace
 from flaxmnist.data import mislabelled, order
 from flaxmnist.data.sets import Dataset
 from flaxmnist.devices import program
 from flaxmnist.devices.evaluation import Evaluation
+from flaxmnist.errors import UserError
 from flaxmnist.store.load import Run
 from flaxmnist.sweeps.ensembles import Ensemble
 from flaxmnist.sweeps.results import Difference, Sweep
@@ -26,9 +30,9 @@ from flaxmnist.sweeps.statistics import summarise
 
 
 def describe_experiment(config: Config, data: Dataset) -> str:
-    """Return the resolved config, the parameters, the operations per step, and the memory that training needs."""
-    config = order.resolve_length(config, len(data.train.labels))
-    state = steps.state_shapes(config, data.train.images.shape[1:], data.classes)
+    """Return the resolved config, the parameters and layers, the operations and the memory that training needs."""
+    config, shape = order.resolve_length(config, len(data.train.labels)), data.train.images.shape[1:]
+    state = steps.state_shapes(config, shape, data.classes)
     cost = program.step_cost(config, data)
     state_size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     data_size = data.train.images.nbytes + data.train.labels.nbytes
@@ -37,6 +41,8 @@ def describe_experiment(config: Config, data: Dataset) -> str:
             json.dumps(fields.to_json(config), indent=2),
             "",
             parameter_table(state.params),
+            "",
+            layer_table(make_model(config.model, shape, data.classes, nnx.Rngs(0)), shape),
             "",
             f"steps                {config.train.steps:,} of {config.train.batch_size} images",
             f"operations per step  {cost.operations / 1e9:.4g} GFLOP",
@@ -57,6 +63,28 @@ def parameter_table(params) -> str:
         rows.append((name, shape, f"{count:,}", f"{4 * count:,}"))
     rows.append(("all", "", f"{total:,}", f"{4 * total:,}"))
     return format_table(rows)
+
+
+def layer_table(model: nnx.Module, shape: Sequence[int]) -> str:
+    """Return a table with the output, the operations for one image, and the bytes of each layer with weights."""
+    model.eval()
+    try:
+        nodes = trace(model, shape)
+    except UserError as error:
+        return f"no table of layers: {error}"
+    rows, total = [("layer", "output", "MFLOP per image", "output bytes", "weight bytes")], 0
+    for node in nodes:
+        if isinstance(node, Operation):
+            operations = count_operations(node, nodes)
+            total += operations
+            if node.name in LAYERS:
+                output, size = "×".join(map(str, node.shape[1:])), 4 * math.prod(node.shape)
+                weights = 4 * math.prod(nodes[node.inputs[1]].shape)
+                rows.append((LAYERS[node.name], output, f"{operations / 1e6:.3f}", f"{size:,}", f"{weights:,}"))
+    return format_table([*rows, ("all operations", "", f"{total / 1e6:.3f}", "", "")])
+
+
+LAYERS = {"conv_general_dilated": "convolution", "dot_general": "product"}
 
 
 def class_report(evaluation: Evaluation) -> str:
