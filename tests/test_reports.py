@@ -16,7 +16,7 @@ from PIL import Image
 import flaxmnist as fm
 from flaxmnist.devices import evaluation
 from flaxmnist.errors import Stopped, UserError
-from flaxmnist.show import reports
+from flaxmnist.show import canvas, reports
 from flaxmnist.sweeps.plan import Experiment
 from flaxmnist.sweeps.runner import run_sweep
 
@@ -157,8 +157,9 @@ def test_a_diverged_model_has_only_a_confusion_matrix(runs, digits):
 
 CHECK = """<script>
 window.addEventListener("load", () => {
-  const drawn = [...document.images].filter(image => image.complete && image.naturalWidth > 100);
-  document.title = `${drawn.length} of ${document.images.length} drawn`;
+  const pictures = [...document.querySelectorAll("figure > img, figure > svg")];
+  const drawn = pictures.filter(({ naturalWidth, children }) => naturalWidth > 100 || children.length > 9);
+  document.title = `${drawn.length} of ${pictures.length} drawn`;
 });
 </script>"""
 
@@ -187,3 +188,29 @@ def test_a_table_is_sorted_by_a_click(tmp_path):
     clicks = "const buttons = document.querySelectorAll('th button');"
     script = f"{clicks} return [0, 0, 1, 1].map((column) => {{ buttons[column].click(); return {names}; }});"
     assert evaluate(page, script) == ["abc", "cba", "abc", "cba"]
+
+
+@pytest.mark.slow
+@needs_browser
+def test_curves_show_their_values_and_can_be_zoomed(tmp_path):
+    fig, axes = canvas.plot(xlabel="step", ylabel="cost")
+    axes.plot([0, 10, 20, 30], [4, 3, np.nan, 1], label="<b>training")
+    picture = reports.Picture("cost", "A curve.", fig, curves=True)
+    page, _ = reports.save("run", "", [reports.Section("Training", pictures=[picture])], tmp_path)
+    script = """
+        const root = document.querySelector("figure > svg"), values = document.querySelector(".values");
+        const fire = (type, part) => {
+            const { left, width } = root.getBoundingClientRect(), place = 64 + part * (700 - 64 - 12);
+            root.dispatchEvent(new PointerEvent(type, { clientX: left + place * width / 700, bubbles: true }));
+        };
+        const texts = [values.textContent];
+        for (const part of [0.02, 0.3, 0.7]) { fire("pointermove", part); texts.push(values.textContent); }
+        const points = () => root.querySelectorAll("circle").length, shown = [points()];
+        fire("pointerdown", 0.2); fire("pointerup", 0.5); shown.push(points());
+        root.dispatchEvent(new MouseEvent("dblclick")); shown.push(points());
+        return [texts, shown];
+    """
+    texts, shown = evaluate(page, script)
+    costs = {0: "4", 10: "3", 20: "–"}
+    assert texts == ["<b>training", *(f"step {step}: <b>training cost {cost}" for step, cost in costs.items())]
+    assert shown == [3, 1, 3]

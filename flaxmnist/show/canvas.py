@@ -69,6 +69,31 @@ def png(fig: "Figure") -> bytes:
     return file.getvalue()
 
 
+def curves(fig: "Figure") -> dict[str, Any]:
+    """Return the lines of a figure as JSON: "x", the title of the last axis, and "panels" from top to bottom."""
+    from matplotlib.colors import to_hex
+
+    panels = []
+    for axes in fig.axes:
+        lines = [
+            {
+                "name": "" if str(line.get_label()).startswith("_") else line.get_label(),
+                "colour": to_hex(line.get_color()),
+                "dashed": line.get_linestyle() not in ("-", "None"),
+                "x": numbers(line.get_xdata()),
+                "y": numbers(line.get_ydata()),
+            }
+            for line in axes.get_lines()
+        ]
+        panels.append({"y": axes.get_ylabel(), "log": axes.get_yscale() == "log", "lines": lines})
+    return {"x": fig.axes[-1].get_xlabel(), "panels": [panel for panel in panels if panel["lines"]]}
+
+
+def numbers(values: Any) -> list[float | None]:
+    """Return values with six digits, as JSON has them: None if they are not finite."""
+    return [float(f"{value:.6g}") if np.isfinite(value) else None for value in np.asarray(values, float).ravel()]
+
+
 def shorten(name: str, max_length: int = 40) -> str:
     """Return ``name`` as a label: short, without mathematics, and visible to legends, which skip a leading "_"."""
     half = max_length // 2

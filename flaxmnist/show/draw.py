@@ -2,7 +2,6 @@
 
 import base64
 import html
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,26 +15,16 @@ from flax import nnx
 from flaxmnist.config import Config
 from flaxmnist.core.trace import Node, Operation, trace
 from flaxmnist.errors import UserError
+from flaxmnist.show import pages
 from flaxmnist.store.files import write_file
 from flaxmnist.store.load import load_run
 from flaxmnist.store.provenance import DataInfo
 from flaxmnist.sweeps.ensembles import load_committee
 
-PAGE = Path(__file__).parent / "page"
 MAX_BYTES = 8_000_000  # of a page, unless a larger one is asked for
 
-LINEAR = {
-    "images",
-    "convert_element_type",
-    "reshape",
-    "squeeze",
-    "transpose",
-    "mul",
-    "div",
-    "add",
-    "sub",
-    "dot_general",
-}
+# The operations of a model whose logits are linear in the image.
+LINEAR = {"images", "convert_element_type", "reshape", "transpose", "mul", "div", "add", "sub", "dot_general"}
 ERASED = "Small blocks of the drawing are erased, one at a time: how much do the log-odds of the class fall?"
 WEIGHTS = "These are the weights of the class, stronger where there is ink."
 
@@ -84,18 +73,13 @@ def draw_page(models: Sequence[nnx.Module], data: DataInfo, title: str, facts: s
         "members": [encode([node for node in nodes if isinstance(node, np.ndarray)]) for nodes in traces],
         "weights": encode([weights(models[0], data)]) if linear and len(models) == 1 else None,
     }
-    page = (
-        (PAGE / "draw.html")
-        .read_text()
-        .format(
-            title=html.escape(title),
-            facts=html.escape(facts),
-            style=(PAGE / "page.css").read_text() + (PAGE / "draw.css").read_text(),
-            evidence=WEIGHTS if model["weights"] else ERASED,
-            model=json.dumps(model, separators=(",", ":")).replace("<", "\\u003c"),
-            interpreter=(PAGE / "interpreter.js").read_text(),
-            script=(PAGE / "draw.js").read_text(),
-        )
+    page = pages.fill(
+        "draw",
+        title=html.escape(title),
+        facts=html.escape(facts),
+        evidence=WEIGHTS if model["weights"] else ERASED,
+        model=pages.to_script(model),
+        interpreter=pages.read("interpreter.js"),
     )
     if len(page) > MAX_BYTES and not large:
         raise UserError(f"the page would have {len(page) / 1e6:.0f} MB: pass --large to write it")

@@ -16,7 +16,7 @@ from flaxmnist.data.sets import Dataset
 from flaxmnist.devices import evaluation
 from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.errors import UserError, check_local
-from flaxmnist.show import canvas, plots, text
+from flaxmnist.show import canvas, pages, plots, text
 from flaxmnist.store.load import Run, load_run, load_training_data
 from flaxmnist.sweeps.folder import load_sweep
 from flaxmnist.sweeps.results import Sweep
@@ -31,6 +31,7 @@ class Picture(NamedTuple):
     name: str  # file name without suffix
     caption: str
     figure: "Figure"
+    curves: bool = False  # it has nothing but curves, which the page shows with their values
 
 
 class Section(NamedTuple):
@@ -105,15 +106,15 @@ def run_sections(folder: Path, run: Run, data_dir: Path | None, data: Dataset | 
 
 
 def training_pictures(run: Run) -> Iterator[Picture]:
-    yield Picture("history", "Cost and accuracy against the epoch.", plots.history(run))
+    yield Picture("history", "Cost and accuracy against the epoch.", plots.history(run), curves=True)
     interval = run.config.train.log_every
     # With fewer than two batches per epoch there are no curves.
     if sum(record["split"] == "train" for record in run.history) > 1 and 2 * interval <= run.epoch_length:
         batches = "every batch" if interval == 1 else f"one batch in {interval}"
         caption = f"Cost of {batches}, before its update; one curve per epoch."
-        yield Picture("batch_costs", caption, plots.batch_costs(run))
+        yield Picture("batch_costs", caption, plots.batch_costs(run), curves=True)
     if any(record["split"] == "train" for record in run.history):
-        yield Picture("step_metrics", "Other metrics of the recorded steps.", plots.step_metrics(run))
+        yield Picture("step_metrics", "Other metrics of the recorded steps.", plots.step_metrics(run), curves=True)
 
 
 def prediction_pictures(scores: Evaluation) -> Iterator[Picture]:
@@ -172,7 +173,7 @@ def comparison_sections(runs: Mapping[str, Run]) -> Iterator[Section]:
 
 
 def comparison_pictures(runs: Mapping[str, Run]) -> Iterator[Picture]:
-    yield Picture("history", "Cost and accuracy against the epoch.", plots.history(runs))
+    yield Picture("history", "Cost and accuracy against the epoch.", plots.history(runs), curves=True)
     if any(run.result for run in runs.values()):
         yield Picture("accuracies", "Test accuracy of each run.", plots.accuracies(runs))
 
@@ -180,7 +181,7 @@ def comparison_pictures(runs: Mapping[str, Run]) -> Iterator[Picture]:
 def sweep_pictures(sweep: Sweep) -> Iterator[Picture]:
     if all(trial.failed is not None for trial in sweep.members):
         return
-    yield Picture("curves", "Accuracy against the step, by setting.", plots.curves(sweep))
+    yield Picture("curves", "Accuracy against the step, by setting.", plots.curves(sweep), curves=True)
     yield Picture("distribution", "Accuracy of each seed, by setting.", plots.distribution(sweep))
     for field, values in sweep.result.over.items():
         if len(values) > 1 and all(isinstance(value, int | float) for value in values):
@@ -235,8 +236,6 @@ def format_number(value: float | None) -> str:
 
 # --- HTML -----------------------------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parent / "page"
-
 
 def save(title: str, summary: str, sections: Iterable[Section], out: Path) -> tuple[Path, list[Path]]:
     """Write the page and its pictures to ``out``; return their paths. Raise UserError if that fails."""
@@ -251,27 +250,20 @@ def save(title: str, summary: str, sections: Iterable[Section], out: Path) -> tu
         if section.table:
             body.append(html_table(section.table))
         body.append('<div class="figures">')
-        for name, caption, figure in section.pictures:
+        for name, caption, figure, curves in section.pictures:
             content, caption = canvas.png(figure), html.escape(caption)
             files.append(out / "plots" / f"{name}.png")
             write_bytes(files[-1], content)
             source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
             width = round(canvas.DISPLAY_DPI * figure.get_figwidth())
             image = f'<img alt="{caption}" width="{width}" src="{source}">'
+            if curves:
+                caption += " Drag to zoom, double-click to see everything."
+                image += f'<script type="application/json">{pages.to_script(canvas.curves(figure))}</script>'
             body.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
         body.append("</div></section>")
-    content = (
-        (PAGE / "report.html")
-        .read_text()
-        .format(
-            title=html.escape(title),
-            summary=html.escape(summary),
-            style=(PAGE / "page.css").read_text() + (PAGE / "report.css").read_text(),
-            contents="\n".join(contents),
-            body="\n".join(body),
-            script=(PAGE / "report.js").read_text(),
-        )
-    )
+    texts = {"title": html.escape(title), "summary": html.escape(summary)}
+    content = pages.fill("report", contents="\n".join(contents), body="\n".join(body), **texts)
     write_bytes(page, content.encode(errors="replace"))
     return page, files
 
