@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 import pytest
-from conftest import assert_same, fit_on_one, slow, small
+from conftest import assert_same, fit_on_one, small
 from flax import nnx
 from jax import numpy as jnp
 
@@ -91,6 +91,7 @@ def test_evaluations_use_the_statistics_of_training_images_with_the_averaged_wei
     assert running.result.test_loss != run.result.test_loss
 
 
+@pytest.mark.slow
 def test_checkpoints_and_exports_have_these_statistics(few, fit_until, tmp_path):
     config = normalised(statistics_images=50, evaluate_every=4, checkpoint_every=6)
     full = fit_on_one(config, few, tmp_path / "full")
@@ -106,9 +107,10 @@ def test_checkpoints_and_exports_have_these_statistics(few, fit_until, tmp_path)
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "options"),
-    [(2, {"backend": "jit"}), slow(2, {"backend": "pmap"}), slow(4, {"model_parallel": 2})],
+    [(2, {"backend": "jit"}), (2, {"backend": "pmap"}), (4, {"model_parallel": 2})],
     ids=["jit", "pmap", "model parallel"],
 )
 def test_several_devices_have_these_statistics(devices, options, few):
@@ -120,6 +122,7 @@ def test_several_devices_have_these_statistics(devices, options, few):
     )
 
 
+@pytest.mark.slow
 def test_sweeps_have_these_statistics(few, monkeypatch):
     config = normalised(statistics_images=50, evaluate_every=6)
     runs = [fit_on_one(replace(config, seed=seed), few) for seed in range(2)]
@@ -149,6 +152,7 @@ class Counted:
         return Counter(shape[0] * shape[1] * shape[2], classes, rngs)
 
 
+@pytest.mark.slow
 def test_training_does_not_depend_on_evaluations(few, fit_until, tmp_path):
     """Statistics for evaluation are no input of training, even if the model counts its calls."""
     config = replace(normalised(statistics_images=50, evaluate_every=4), model=Counted())

