@@ -105,6 +105,8 @@ def test_only_linear_models_have_weights_for_each_class():
     weights = np.frombuffer(base64.b64decode(model["weights"]), np.float32).reshape(10, 784)
     np.testing.assert_allclose(weights, softmax.dense.kernel[...], rtol=1e-6)
     assert model_of(page_of(small("mlp")))["weights"] is None
+    for function in (lambda x: x * x, lambda x: 1 / (1 + x)):
+        assert model_of(draw.draw_page([Calls(function)], DIGITS, "", ""))["weights"] is None
 
 
 def test_a_large_page_has_to_be_asked_for():

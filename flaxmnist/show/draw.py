@@ -23,8 +23,6 @@ from flaxmnist.sweeps.ensembles import load_committee
 
 MAX_BYTES = 8_000_000  # of a page, unless a larger one is asked for
 
-# The operations of a model whose logits are linear in the image.
-LINEAR = {"images", "convert_element_type", "reshape", "transpose", "mul", "div", "add", "sub", "dot_general"}
 ERASED = "Small blocks of the drawing are erased, one at a time: how much do the log-odds of the class fall?"
 WEIGHTS = "These are the weights of the class, stronger where there is ink."
 
@@ -64,18 +62,18 @@ def draw_page(models: Sequence[nnx.Module], data: DataInfo, title: str, facts: s
     if data.shape[2] not in (1, 3):
         raise UserError(f"a drawing has 1 or 3 channels, but the model needs {data.shape[2]}")
     traces = [trace(model, data.shape) for model in models]
-    linear = {node.name for node in traces[0] if isinstance(node, Operation)} <= LINEAR
     model = {
         "shape": data.shape,
         "names": data.class_names,
         "nodes": [describe(node) for node in traces[0]],
         "layers": layers(traces[0]),
         "members": [encode([node for node in nodes if isinstance(node, np.ndarray)]) for nodes in traces],
-        "weights": encode([weights(models[0], data)]) if linear and len(models) == 1 else None,
+        "weights": encode([weights(models[0], data)]) if is_linear(traces[0]) and len(models) == 1 else None,
     }
     page = pages.fill(
         "draw",
-        title=html.escape(title),
+        f"{title}: draw a digit",
+        title,
         facts=html.escape(facts),
         evidence=WEIGHTS if model["weights"] else ERASED,
         model=pages.to_script(model),
@@ -84,6 +82,23 @@ def draw_page(models: Sequence[nnx.Module], data: DataInfo, title: str, facts: s
     if len(page) > MAX_BYTES and not large:
         raise UserError(f"the page would have {len(page) / 1e6:.0f} MB: pass --large to write it")
     return page
+
+
+def is_linear(nodes: list[Node]) -> bool:
+    """Return True if the logits are sums of the pixels with constant weights, and perhaps a constant."""
+    for node in nodes:
+        if isinstance(node, Operation):
+            variable = [isinstance(nodes[index], Operation) for index in node.inputs]
+            match node.name:
+                case "mul" | "dot_general" if sum(variable) <= 1:
+                    pass
+                case "div" if not variable[1]:
+                    pass
+                case "images" | "convert_element_type" | "reshape" | "transpose" | "add" | "sub":
+                    pass
+                case _:
+                    return False
+    return True
 
 
 def describe(node: Node) -> dict[str, Any]:

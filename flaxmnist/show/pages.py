@@ -1,5 +1,6 @@
 """HTML pages in one file, without network access: templates, styles and scripts from the folder ``page``."""
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 FOLDER = Path(__file__).parent / "page"
 
 
-def fill(name: str, **values: str) -> str:
-    """Return the template ``name``.html with its style, its script, and ``values``, which must be HTML."""
-    style = read("page.css") + read(f"{name}.css")
-    return read(f"{name}.html").format(style=style, script=read(f"{name}.js"), **values)
+def fill(name: str, title: str, heading: str, **values: str) -> str:
+    """Return the page ``name``.html with its style and script. ``title`` and ``heading`` are text, ``values`` HTML."""
+    values |= {"title": html.escape(title), "heading": html.escape(heading)}
+    values |= {"style": read("page.css") + read(f"{name}.css"), "script": read(f"{name}.js")}
+    return (read("head.html") + read(f"{name}.html")).format(**values)
 
 
 def read(name: str) -> str:

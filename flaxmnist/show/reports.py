@@ -262,8 +262,8 @@ def save(title: str, summary: str, sections: Iterable[Section], out: Path) -> tu
                 image += f'<script type="application/json">{pages.to_script(canvas.curves(figure))}</script>'
             body.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
         body.append("</div></section>")
-    texts = {"title": html.escape(title), "summary": html.escape(summary)}
-    content = pages.fill("report", contents="\n".join(contents), body="\n".join(body), **texts)
+    parts = {"summary": html.escape(summary), "contents": "\n".join(contents), "body": "\n".join(body)}
+    content = pages.fill("report", title, title, **parts)
     write_bytes(page, content.encode(errors="replace"))
     return page, files
 
