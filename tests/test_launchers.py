@@ -6,13 +6,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
 
-# Long enough to be stopped before its end: SLURM checks time limits every 30 s.
 SMALL = """
 from flaxmnist.config import *
 config = Config(
@@ -48,17 +48,22 @@ def slurm(tmp_path_factory):
         subprocess.run(["bash", ROOT / "tests/slurm.sh", "stop", folder], check=True)
 
 
-def submit(slurm: dict[str, str], output: Path, options: list[str], arguments: list[Any], timeout: float) -> str:
-    """Submit launch/slurm.sbatch, wait for its end, requeues included, and return its output."""
+def submit(slurm: dict[str, str], output: Path, options: list[str], arguments: list[Any]) -> str:
+    """Submit launch/slurm.sbatch and return the number of the job."""
     command = ["sbatch", "--parsable", "--output", output, *options, "launch/slurm.sbatch", *arguments]
-    job = subprocess.run(
-        list(map(str, command)), env=slurm, cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    deadline = time.monotonic() + timeout
-    while subprocess.run(["squeue", "-h", "-j", job], env=slurm, capture_output=True, check=False).stdout:
-        assert time.monotonic() < deadline, f"job {job} did not end: {output.read_text()}"
+    submitted = subprocess.run(list(map(str, command)), env=slurm, cwd=ROOT, capture_output=True, text=True, check=True)
+    return submitted.stdout.strip()
+
+
+def wait_until(reached: Callable[[], Any], seconds: float, output: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, output.read_text()
         time.sleep(1)
-    return "".join(path.read_text() for path in output.parent.glob(output.name.replace("%a", "*")))
+
+
+def has_ended(slurm: dict[str, str], job: str) -> bool:
+    return not subprocess.run(["squeue", "-h", "-j", job], env=slurm, capture_output=True, check=False).stdout
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -66,12 +71,17 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_slurm_stops_a_job_before_its_time_limit_and_requeues_it(slurm, tmp_path):
-    """A run in jobs of one minute each is bitwise identical to an uninterrupted one."""
-    experiment = tmp_path / "small.py"
-    experiment.write_text(SMALL.replace("STEPS", "6000"))
-    options = ["--nodes", "1", "--ntasks-per-node", "2", "--time", "1", "--signal", "USR1@10"]
-    printed = submit(slurm, tmp_path / "output", options, [tmp_path / "run", experiment], 400)
+def test_slurm_requeues_a_job_that_its_signal_stopped(slurm, tmp_path):
+    """The resumed run is bitwise identical to an uninterrupted one."""
+    experiment, output = tmp_path / "small.py", tmp_path / "output"
+    experiment.write_text(SMALL.replace("STEPS", "1200"))
+    options = ["--nodes", "1", "--ntasks-per-node", "2"]
+    job = submit(slurm, output, options, [tmp_path / "run", experiment])
+    # SLURM would send this signal before the time limit of the job, but it checks time limits only every 30 s.
+    wait_until(lambda: output.exists() and "step 400," in output.read_text(), 300, output)
+    subprocess.run(["scancel", "--signal", "USR1", job], env=slurm, check=True)
+    wait_until(lambda: has_ended(slurm, job), 300, output)
+    printed = output.read_text()
     assert "stopped at step" in printed
     assert "exit code 75; the job is requeued" in printed
     assert "resuming from the checkpoint at step" in printed
@@ -90,7 +100,9 @@ def test_a_slurm_array_trains_one_run_per_seed(slurm, tmp_path):
     experiment = tmp_path / "small.py"
     experiment.write_text(SMALL.replace("STEPS", "5"))
     options = ["--array", "3-4", "--nodes", "1", "--ntasks-per-node", "1"]
-    printed = submit(slurm, tmp_path / "output-%a", options, [tmp_path / "runs", experiment], 120)
+    job = submit(slurm, tmp_path / "output-%a", options, [tmp_path / "runs", experiment])
+    wait_until(lambda: has_ended(slurm, job), 300, tmp_path / "output-3")
+    printed = "".join((tmp_path / f"output-{seed}").read_text() for seed in (3, 4))
     assert printed.count("test accuracy") == 2, printed
     assert [result(tmp_path / f"runs/seed-{seed}")["seed"] for seed in (3, 4)] == [3, 4]
 
