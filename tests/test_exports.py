@@ -29,7 +29,7 @@ from flaxmnist.store.load import evaluate_run, load_checkpoint
 TOLERANCE = 1e-5
 
 
-NAMES = ("model.safetensors", "model.stablehlo", "load.py", "model.onnx", "model.json", "draw.html")
+NAMES = ("model.safetensors", "model.stablehlo", "model.onnx", "load.py", "model.json", "draw.html")
 
 
 def train_and_export(config, data, folder: Path) -> Path:
@@ -251,13 +251,17 @@ def test_exports_can_be_renamed(mlp_export, tmp_path):
 
 
 @pytest.mark.parametrize("package", ["flatbuffers", "safetensors"])
-def test_a_missing_extra_is_reported_with_its_command(package, mlp_export, monkeypatch, capsys):
+def test_a_missing_extra_is_reported_with_its_command(package, mlp_export, monkeypatch, capsys, tmp_path):
+    """What needs no extra is exported, and an earlier export of the rest is removed."""
+    shutil.copytree(mlp_export, tmp_path, dirs_exist_ok=True)
     monkeypatch.setitem(sys.modules, package, None)
-    for verb, first in (("export", mlp_export.parent), ("evaluate", mlp_export / "model.stablehlo")):
-        assert main(verb)([str(first)]) == 2
-        message = capsys.readouterr().err
-        assert "needs the extra export: pip install -c constraints.txt -e '.[export]'" in message
-        assert len(message.splitlines()) == 1
+    command = "needs the extra export: pip install -c constraints.txt -e '.[export]'"
+    assert main("evaluate")([str(mlp_export / "model.stablehlo")]) == 2
+    assert capsys.readouterr().err.count(command) == 1
+    assert main("export")([str(mlp_export.parent), "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.count(command) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.json", "draw.html"}
+    assert exports.evaluate(tmp_path / "model.onnx").count == 360
 
 
 def test_an_unwritable_folder_is_reported(mlp_export, capsys):

@@ -1,5 +1,6 @@
 """Models, optimizers, schedules and losses of the user's: frozen dataclasses, trained, saved, swept and exported."""
 
+import re
 from dataclasses import dataclass, replace
 
 import jax
@@ -374,8 +375,7 @@ class Counted:
         return Counting(classes, rngs)
 
 
-def test_a_model_that_cannot_be_exported_is_an_error(few, tmp_path):
+def test_a_model_that_cannot_be_exported_is_reported(few, tmp_path, caplog):
     fit_on_one(small(Counted(), steps=1), few, tmp_path)
-    trained = load_checkpoint(tmp_path, config=small(Counted()))
-    with pytest.raises(UserError, match=r"^the model cannot be exported as StableHLO .* use images\.shape\[0\]"):
-        exports.write(trained, tmp_path / "export")
+    exports.write(load_checkpoint(tmp_path, config=small(Counted())), tmp_path / "export")
+    assert re.search(r"no model\.stablehlo: the model cannot be traced .* use images\.shape\[0\]", caplog.text)

@@ -26,7 +26,7 @@ VERBS = {
     "predict": "classify digits in image files",
     "sweep": "train many trials at once",
     "report": "draw a run, several runs side by side, or a sweep",
-    "export": "export a run as safetensors and StableHLO",
+    "export": "export a run for use elsewhere, and a page to draw digits on",
     "benchmark": "measure speed",
 }
 

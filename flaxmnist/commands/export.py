@@ -33,13 +33,13 @@ def export(arguments: Arguments) -> None:
     try:
         files.append(draw.write(workdir, folder, step, config, large=arguments.large))
     except UserError as error:
-        if is_sweep:
+        if not files:
             raise
         (folder / "draw.html").unlink(missing_ok=True)
         console.logger.warning("no draw.html: %s", error)
     for file in files:
         print(f"{file}  {file.stat().st_size:,} bytes")
-    if not is_sweep:
+    if folder / "load.py" in files:
         print(f"next: {command('evaluate')} {folder / 'model.stablehlo'}")
         print(f"      python {folder / 'load.py'} IMAGES.npy")
 

@@ -69,44 +69,50 @@ class ExportInfo:
 
 
 def write(trained: Trained, folder: Path) -> list[Path]:
-    """Write model.safetensors, .stablehlo, .onnx, .json and load.py to ``folder``, overwriting an earlier export.
+    """Write model.safetensors, .stablehlo, .onnx, .json and load.py to ``folder``, replacing an earlier export.
 
     The weights are the averaged ones if the run has them. model.json holds config, data, step, the JAX version, and the
-    SHA-256 of the models. If the model cannot be written as ONNX, a warning gives the reason. Raise UserError if the
-    extra is not installed, or ``folder`` cannot be written to.
+    SHA-256 of the models. A format that cannot express the model, or whose extra is not installed, is left out with a
+    warning. Raise UserError if ``folder`` cannot be written to.
     """
-    check_extra("an export", ".stablehlo")
     check_local(folder)
-    from safetensors.numpy import save
-
-    source: dict[str, Any] = {"config": trained.config, "data": trained.data, "step": int(trained.state.step)}
-    state = jax.device_get(trained.state)
-    weights = fields.flatten(state.weights) | fields.flatten(state.evaluation_buffers)
-    shape = ", ".join(map(str, ("n", *trained.data.shape)))
-    contents = {
-        "model.safetensors": save(weights, {"flaxmnist": json.dumps(fields.to_json(source))}),
-        "model.stablehlo": stablehlo(trained.model, trained.data.shape),
-        "load.py": LOADER.format(shape=f"[{shape}]", classes=trained.data.classes).encode(),
-    }
-    try:
-        check_extra("model.onnx", ".onnx")
-        contents["model.onnx"] = onnx_model(trained.model, trained.data.shape, trained.data.classes)
-    except UserError as error:
-        logger.warning("no model.onnx: %s", error)
-    digests = {Path(name).suffix: sha256(content) for name, content in contents.items() if name != "load.py"}
+    contents = {}
+    for name, make in FORMATS.items():
+        try:
+            check_extra(name, Path(name).suffix)
+            contents[name] = make(trained)
+        except UserError as error:
+            logger.warning("no %s: %s", name, error)
+    if not contents:
+        return []
+    digests = {Path(name).suffix: sha256(content) for name, content in contents.items()}
+    if "model.stablehlo" in contents:
+        shape = ", ".join(map(str, ("n", *trained.data.shape)))
+        contents["load.py"] = LOADER.format(shape=f"[{shape}]", classes=trained.data.classes).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "load.py").exists() and not (folder / "model.json").exists():
             raise UserError(f"{folder} has a load.py that is not part of an export: pass another --out")
-        (folder / "model.onnx").unlink(missing_ok=True)
         for name, content in contents.items():
             write_file(folder / name, content)
-        config = fields.to_json(trained.config)
-        info = ExportInfo(config=config, data=trained.data, step=source["step"], jax=jax.__version__, sha256=digests)
+        for name in {*FORMATS, "load.py"} - {*contents}:
+            (folder / name).unlink(missing_ok=True)
+        config, step = fields.to_json(trained.config), int(trained.state.step)
+        info = ExportInfo(config=config, data=trained.data, step=step, jax=jax.__version__, sha256=digests)
         write_json(folder / "model.json", info)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; pass another --out") from None
     return [folder / name for name in (*contents, "model.json")]
+
+
+def safetensors(trained: Trained) -> bytes:
+    """Return the weights and the batch statistics by dotted name, with the config, data and step as metadata."""
+    from safetensors.numpy import save
+
+    source = {"config": trained.config, "data": trained.data, "step": int(trained.state.step)}
+    state = jax.device_get(trained.state)
+    weights = fields.flatten(state.weights) | fields.flatten(state.evaluation_buffers)
+    return save(weights, {"flaxmnist": json.dumps(fields.to_json(source))})
 
 
 def stablehlo(model: nnx.Module, shape: tuple[int, ...]) -> bytes:
@@ -129,9 +135,16 @@ def stablehlo(model: nnx.Module, shape: tuple[int, ...]) -> bytes:
         return bytes(export.export(jax.jit(logits), platforms=PLATFORMS)(images).serialize())
     except Exception as error:  # a model of the user's can raise anything
         remedy = "the number of images is symbolic, so use images.shape[0] and not len(images)"
-        raise UserError(f"the model cannot be exported as StableHLO ({one_line(error)[:200]}): {remedy}") from error
+        raise UserError(f"the model cannot be traced ({one_line(error)[:200]}): {remedy}") from error
     finally:
         jax.config.update(name, before)
+
+
+FORMATS: dict[str, Callable[[Trained], bytes]] = {
+    "model.safetensors": safetensors,
+    "model.stablehlo": lambda trained: stablehlo(trained.model, trained.data.shape),
+    "model.onnx": lambda trained: onnx_model(trained.model, trained.data.shape, trained.data.classes),
+}
 
 
 def evaluate(
