@@ -35,7 +35,7 @@ from flaxmnist.store.provenance import RunInfo
 from flaxmnist.store.result import Result
 from flaxmnist.store.run_folder import NoFolder, open_folder
 
-# Steps in a profiler trace, and warm-up steps before it.
+# Steps in a profiler trace.
 PROFILE_STEPS = 10
 
 # Called after each evaluation with the number of steps, the split ("validation" or "test") and the scores.
@@ -77,6 +77,7 @@ def fit(
     backend: Backend = "jit",
     model_parallel: int = 1,
     profile: str | Path | None = None,
+    profile_at: int | None = None,
     experiment: str | Path | None = None,
     initial: nnx.Module | None = None,
     stop: threading.Event | None = None,
@@ -97,10 +98,10 @@ def fit(
 
     ``devices`` is the number of devices to use (None: all), ``backend`` how training is compiled for them, and
     ``model_parallel`` the number of devices that each dense kernel is split over. ``profile`` is a folder for a trace
-    of a few steps after warm-up. ``experiment`` is the file that defines ``config``; its name goes into
-    ``config.json``. Setting ``stop`` ends the run after the current chunk, with a checkpoint. ``clock`` contains the
-    seconds that the command has spent so far. ``on_evaluation(step, split, scores)`` is called after each evaluation,
-    ``on_checkpoint(state)`` at each checkpoint, also without a ``workdir``.
+    of a few steps from ``profile_at`` on (None: the first step). ``experiment`` is the file that defines ``config``;
+    its name goes into ``config.json``. Setting ``stop`` ends the run after the current chunk, with a checkpoint.
+    ``clock`` contains the seconds that the command has spent so far. ``on_evaluation(step, split, scores)`` is called
+    after each evaluation, ``on_checkpoint(state)`` at each checkpoint, also without a ``workdir``.
 
     Raise UserError if the caller can fix the problem, Diverged if loss, gradient or weights are no longer finite, and
     Stopped.
@@ -141,7 +142,7 @@ def fit(
                 on_checkpoint=on_checkpoint,
             )
             try:
-                return finish(session, train(session, state, profile))
+                return finish(session, train(session, state, profile, profile_at))
             except Diverged as error:
                 last = folder.last_checkpoint()
                 kept = "no checkpoint was saved" if last is None else f"the checkpoint at step {last} is kept"
@@ -149,16 +150,19 @@ def fit(
                 raise Diverged(f"{error}: training diverged, {kept}; {advice}") from None
 
 
-def train(session: Session, state: TrainState, profile: str | Path | None) -> TrainState:
+def train(
+    session: Session, state: TrainState, profile: str | Path | None = None, profile_at: int | None = None
+) -> TrainState:
     """Train from ``state``, which is donated, to the end of the run, or until it stops early. Raise Stopped."""
     config, folder, log, clock = session.info.config.train, session.folder, session.log, session.clock
     step, length, pace = int(state.step), config.length, Pace()
     report_every = config.log_every if config.report in ("batch_accuracy", "probabilities") else None
     if step == length:
         return state
-    compiled = compile_training(session, state)
+    trace_at = step if profile_at is None else profile_at
     if profile is not None:
-        write_trace(compiled, state, Path(profile))
+        make_trace_folder(Path(profile), trace_at, length)
+    compiled = compile_training(session, state)
     log.progress.begin()
 
     def report(start: int, count: int, of_steps: Metrics) -> None:
@@ -168,7 +172,9 @@ def train(session: Session, state: TrainState, profile: str | Path | None) -> Tr
     while step < length and not stops_early(config, folder.records.validations):
         if report_every and step % report_every == 0:
             report_batch(session, state)
-        until = next_due(step, length, config.evaluate_every, config.checkpoint_every, report_every)
+        if profile is not None and step == trace_at:
+            write_trace(compiled, state, Path(profile))
+        until = next_due(step, length, config.evaluate_every, config.checkpoint_every, report_every, at=trace_at)
         with clock("train"):
             state, step, stopping = advance(
                 compiled, state, step, until, pace=pace, report=report, stop=session.stop, pause=folder.is_retry_due
@@ -239,16 +245,25 @@ def compile_training(session: Session, state: TrainState) -> Program:
     return compiled
 
 
-def write_trace(compiled: Program, state: TrainState, folder: Path) -> None:
-    """Write a profiler trace of a few steps after warm-up, on a copy of the state, to ``folder``."""
+def make_trace_folder(folder: Path, at: int, length: int) -> None:
+    """Make the ``folder`` for a trace from step ``at`` on. Raise UserError if there can be no trace."""
+    if not 0 <= at < length:
+        raise UserError(f"--profile-at must be in [0, {length - 1}], but is {at}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write a trace to {folder}: {error.strerror}; use another --profile") from None
-    step, count = int(state.step), min(PROFILE_STEPS, compiled.capacity)
-    state, _ = jax.block_until_ready(compiled(jax.tree.map(jnp.copy, state), step, count))
+
+
+def write_trace(compiled: Program, state: TrainState, folder: Path) -> None:
+    """Write a profiler trace of a few steps to ``folder``. They are done with a copy of ``state``, after a warm-up."""
+    step = int(state.step)
+    steps = range(step, min(step + PROFILE_STEPS, compiled.config.train.length))
+    state, _ = jax.block_until_ready(compiled(jax.tree.map(jnp.copy, state), step, 1))
     with jax.profiler.trace(str(folder)):
-        jax.block_until_ready(compiled(state, step, count))
+        for step in steps:
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, _ = jax.block_until_ready(compiled(state, step, 1))
 
 
 def report_batch(session: Session, state: TrainState) -> None:

@@ -149,6 +149,7 @@ MISTAKES = {
     "no run to predict with": (["predict", "nowhere", "image.png"], "nowhere is not a run folder"),
     "resume without a folder": (["train", "EXPERIMENT", "--resume"], "--resume needs a run folder: pass --workdir"),
     "percent": (["train", "EXPERIMENT", "--min-accuracy", "95"], "--min-accuracy must be a fraction in [0, 1]"),
+    "a trace without a folder": (["train", "EXPERIMENT", "--profile-at", "5"], "pass --profile with the folder for it"),
     "a file as trace folder": (
         ["train", "EXPERIMENT", "--devices", "1", "--profile", "EXPERIMENT"],
         "cannot write a trace to",

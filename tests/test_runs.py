@@ -1,5 +1,6 @@
 """Complete runs on a few digits: their records, files and results."""
 
+import gzip
 import json
 import logging
 import re
@@ -172,13 +173,22 @@ def test_probabilities_match_the_next_step(few):
     assert loss == pytest.approx(by_step[4, "train"]["loss"], rel=1e-3)
 
 
-def test_profile_writes_a_trace_and_does_not_affect_the_run(few, tmp_path):
-    run = fit_on_one(small(steps=30), few, profile=tmp_path / "trace")
-    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+@pytest.mark.parametrize("at", [None, 7, 29])
+def test_profile_writes_a_trace_of_numbered_steps_and_does_not_affect_the_run(at, few, tmp_path):
+    run = fit_on_one(small(steps=30), few, profile=tmp_path, profile_at=at)
     assert_same(run.state, fit_on_one(small(steps=30), few).state)
+    (file,) = tmp_path.rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    numbers = [int(event["args"]["step_num"]) for event in events if event.get("name") == "train"]
+    assert numbers == list(range(at or 0, min((at or 0) + 10, 30)))
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_training(few, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write a trace to .*/trace: Not a directory; use another --profile"):
         fit_on_one(small(steps=30), few, profile=tmp_path / "file/trace")
+    with pytest.raises(UserError, match=r"--profile-at must be in \[0, 29\], but is 30"):
+        fit_on_one(small(steps=30), few, profile=tmp_path / "trace", profile_at=30)
 
 
 def test_file_order_needs_the_original_files(few):

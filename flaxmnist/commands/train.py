@@ -43,7 +43,8 @@ class Arguments:
     heartbeat: float = HEARTBEAT_TIMEOUT  # seconds without a heartbeat after which a process counts as lost
     min_accuracy: float | None = None  # exit with code 4 if the test accuracy is below this fraction
     print_config: bool = False  # print the config, parameters, layers, operations and memory, then exit
-    profile: Path | None = None  # write a profiler trace of a few steps after warm-up to this folder
+    profile: Path | None = None  # write a profiler trace of a few steps to this folder
+    profile_at: int | None = None  # first step of the trace; default: the first one trained
     log_level: Literal["debug", "info", "warning", "error"] = "info"  # messages on standard error
 
 
@@ -98,6 +99,8 @@ def train(arguments: Arguments, clock: console.Clock) -> None:
         raise UserError("--resume continues a run and --overwrite deletes it: use only one of them")
     if arguments.resume and arguments.workdir is None:
         raise UserError("--resume needs a run folder: pass --workdir")
+    if arguments.profile_at is not None and arguments.profile is None:
+        raise UserError("--profile-at is the first step of a trace: pass --profile with the folder for it")
     if arguments.min_accuracy is not None and not 0 <= arguments.min_accuracy <= 1:
         raise UserError(f"--min-accuracy must be a fraction in [0, 1], but is {arguments.min_accuracy}")
     if not 1 <= arguments.heartbeat <= 3600:
@@ -136,6 +139,7 @@ def train_process(arguments: Arguments, clock: console.Clock) -> None:
             backend=arguments.backend,
             model_parallel=arguments.model_parallel,
             profile=arguments.profile,
+            profile_at=arguments.profile_at,
             experiment=arguments.experiment,
             stop=stop,
             clock=clock,

@@ -13,9 +13,10 @@ def is_due(step: int, length: int, every: int | None) -> bool:
     return step == length or (every is not None and step % every == 0)
 
 
-def next_due(step: int, length: int, *intervals: int | None) -> int:
-    """Return the first step after ``step`` at which something done at one of the ``intervals`` is due, or the end."""
-    return min([length, *(step - step % every + every for every in intervals if every is not None)])
+def next_due(step: int, length: int, *intervals: int | None, at: int | None = None) -> int:
+    """Return the first step after ``step`` that is a multiple of one of the ``intervals``, ``at``, or the end."""
+    once = [at] if at is not None and at > step else []
+    return min([length, *once, *(step - step % every + every for every in intervals if every is not None)])
 
 
 def is_logged(train: Train, step: int, epoch_length: int) -> bool:
