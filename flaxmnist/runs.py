@@ -211,7 +211,7 @@ def finish(session: Session, state: TrainState) -> Run:
     validation = None if last is None else {name: last[name] for name in metrics.METRICS if name in last}
     result = Result.of(info, state, session.clock, epochs=epochs, validation=validation, test=test)
     folder.finish(result)
-    return Run(info.config, state, info.data, folder.records.history, result)
+    return Run(info.config, info.data, folder.records.history, result, state)
 
 
 # --- Parts of the above ---------------------------------------------------------------------------------------------

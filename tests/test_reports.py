@@ -108,11 +108,60 @@ def test_a_sweep(few, tmp_path):
         (tmp_path / "result.json").write_text(json.dumps({key: value for key, value in result.items() if key != name}))
         with pytest.raises(UserError, match=f"result.json is damaged: the JSON has no field {name!r}"):
             reports.write([tmp_path])
-    (tmp_path / "result.json").unlink()
-    with pytest.raises(UserError, match="is not finished: continue the sweep"):
-        reports.write([tmp_path])
     with pytest.raises(UserError, match="is a sweep: pass only this folder"):
         reports.write([tmp_path, tmp_path / "run"])
+
+
+def test_an_unfinished_sweep_has_a_report_on_its_finished_trials(few, tmp_path):
+    run_sweep([Experiment(small(steps=3), few)], range(3), [{}], workdir=tmp_path, devices=1)
+    finished = reports.write([tmp_path])[0].read_text()
+    (tmp_path / "result.json").unlink()
+    unfinished = reports.write([tmp_path])[0].read_text()
+    assert unfinished.replace(" Not finished: --resume continues.", "") == finished != unfinished
+    for part in (tmp_path / "parts").iterdir():
+        part.unlink()
+    assert "no run is finished" in reports.write([tmp_path])[0].read_text()
+
+
+def test_a_run_without_checkpoint_has_a_report_on_its_records(copy):
+    """By default the first checkpoint is saved at the end."""
+    shutil.rmtree(copy / "cnn/checkpoints")
+    (copy / "cnn/result.json").unlink()
+    page, pictures = reports.write([copy / "cnn"])
+    assert [path.stem for path in pictures] == [name for name in PICTURES if name in WITHOUT_MODEL]
+    assert "Step 4 of 4, seed 0. Not finished" in page.read_text()
+    (copy / "cnn/metrics.jsonl").unlink()
+    assert "Step 0 of 4, seed 0. Not finished" in reports.write([copy / "cnn"])[0].read_text()
+    reports.write([copy / "cnn", copy / "softmax"])
+
+
+WITHOUT_MODEL = {"history", "batch_costs", "step_metrics", "examples", "digit", "values"}
+
+
+def test_a_watched_run_gets_a_new_page_until_it_is_finished(copy, monkeypatch, capsys):
+    folder, pages = copy / "softmax", []
+    (folder / "result.json").rename(copy / "result.json")
+
+    def sleep(seconds):
+        """Read the page; then a record is not written completely; then the run is finished."""
+        pages.append((folder / "report.html").read_text())
+        if len(pages) == 1:
+            (folder / "metrics.jsonl").write_text(records + '{"step"')
+        else:
+            (folder / "metrics.jsonl").write_text(records)
+            (copy / "result.json").rename(folder / "result.json")
+
+    records = (folder / "metrics.jsonl").read_text()
+    monkeypatch.setattr("time.sleep", sleep)
+    assert main("report")([str(folder), "--watch", "5"]) == 0
+    printed = capsys.readouterr()
+    assert "metrics.jsonl is damaged" in printed.err
+    paths = printed.out.splitlines()
+    assert len(set(paths)) == len(paths) and str(folder / "report.html") in paths
+    pages.append((folder / "report.html").read_text())
+    assert ["location.reload(), 5000" in page for page in pages] == [True, True, False]
+    assert ["Not finished" in page for page in pages] == [True, True, False]
+    assert main("report")([str(folder), "--watch", "0"]) == 2
 
 
 def test_names_are_escaped(runs, tmp_path):

@@ -26,7 +26,7 @@ from flaxmnist.show.canvas import (
     shorten,
     tile_axes,
 )
-from flaxmnist.store.load import FilePrediction, Run
+from flaxmnist.store.load import FilePrediction, Recorded
 from flaxmnist.sweeps.results import Sweep
 from flaxmnist.sweeps.statistics import summarise, wilson
 
@@ -102,13 +102,13 @@ def values(images: Images) -> "Figure":
 # --- Runs -----------------------------------------------------------------------------------------------------------
 
 
-def history_columns(run: Run, split: str, *names: str) -> list[np.ndarray]:
+def history_columns(run: Recorded, split: str, *names: str) -> list[np.ndarray]:
     """Return one array per name, with the values in the run's records of ``split``."""
     records = [record for record in run.history if record["split"] == split]
     return [np.array([record[name] for record in records], float) for name in names]
 
 
-def batch_costs(run: Run) -> "Figure":
+def batch_costs(run: Recorded) -> "Figure":
     """Draw the cost of every recorded batch against its position in the epoch, one curve per epoch.
 
     Raise UserError if fewer than two batches were recorded.
@@ -140,7 +140,7 @@ def batch_costs(run: Run) -> "Figure":
     return fig
 
 
-def history(runs: Run | Mapping[str, Run]) -> "Figure":
+def history(runs: Recorded | Mapping[str, Recorded]) -> "Figure":
     """Draw training and validation cost and accuracy against the epoch, of one run or of several by name."""
     runs_by_name = runs if isinstance(runs, Mapping) else {"": runs}
     fig = figure(7, 6.5)
@@ -167,7 +167,7 @@ def history(runs: Run | Mapping[str, Run]) -> "Figure":
     return fig
 
 
-def training_curve(run: Run) -> list[np.ndarray]:
+def training_curve(run: Recorded) -> list[np.ndarray]:
     """Return step, cost and accuracy: means over epochs or, if there are fewer than three, over 1/50 of the run."""
     columns = history_columns(run, "epoch", "step", "loss", "accuracy")
     if len(columns[0]) >= 3:
@@ -176,7 +176,7 @@ def training_curve(run: Run) -> list[np.ndarray]:
     return [np.array([chunk.mean() for chunk in np.array_split(column, 50) if len(chunk)]) for column in columns]
 
 
-def step_metrics(run: Run) -> "Figure":
+def step_metrics(run: Recorded) -> "Figure":
     """Draw all other metrics of the recorded steps against the step, such as gradient norm and learning rate.
 
     Metrics with the same prefix, as in "norm/first" and "norm/last", share axes. Raise UserError if there are none.
@@ -203,7 +203,7 @@ def step_metrics(run: Run) -> "Figure":
     return fig
 
 
-def accuracies(runs: Mapping[str, Run]) -> "Figure":
+def accuracies(runs: Mapping[str, Recorded]) -> "Figure":
     """Draw the test accuracy of each finished run, with the 95 % interval for its number of images (Wilson 1927)."""
     finished = {name: run.result for name, run in runs.items() if run.result}
     fig, axes = plot(7, 1.2 + 0.35 * len(finished), xlabel="test accuracy (%), 95 % interval", ylabel="run")

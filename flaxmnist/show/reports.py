@@ -17,8 +17,8 @@ from flaxmnist.devices import evaluation
 from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.errors import UserError, check_local
 from flaxmnist.show import canvas, pages, plots, text
-from flaxmnist.store.load import Run, load_run, load_training_data
-from flaxmnist.sweeps.folder import load_sweep
+from flaxmnist.store.load import Recorded, Run, classes_of, load_recorded, load_training_data
+from flaxmnist.sweeps.folder import load_finished_trials, load_sweep
 from flaxmnist.sweeps.results import Sweep
 
 if TYPE_CHECKING:
@@ -49,12 +49,14 @@ def write(
     data_dir: Path | None = None,
     config: Config | None = None,
     data: Dataset | None = None,
+    reload: float | None = None,
 ) -> tuple[Path, list[Path]]:
     """Write ``report.html``, and each picture to ``plots/``; return their paths.
 
-    ``out`` defaults to the folder of the run or sweep, or to the common parent of several runs. For ``config`` see
-    ``load_run``, for ``data`` ``evaluate_run``. Raise UserError if a folder is neither run nor sweep or is damaged, if
-    one of several is a sweep, if the data cannot be loaded, or if ``out`` cannot be written to.
+    Runs and sweeps may be unfinished. ``out`` defaults to the folder of the run or sweep, or to the common parent of
+    several runs. For ``config`` see ``load_run``, for ``data`` ``evaluate_run``. With ``reload``, the page loads itself
+    again every so many seconds. Raise UserError if a folder is neither run nor sweep or is damaged, if one of several
+    is a sweep, if the data cannot be loaded, or if ``out`` cannot be written to.
     """
     if out is not None:
         check_local(out)
@@ -62,50 +64,61 @@ def write(
     if sweep_folders and len(workdirs) > 1:
         raise UserError(f"{sweep_folders[0]} is a sweep: pass only this folder, or only runs to compare")
     if sweep_folders:
-        return write_sweep(load_sweep(sweep_folders[0]), sweep_folders[0], out)
+        (folder,) = workdirs
+        is_finished = (folder / "result.json").exists()
+        sweep = load_sweep(folder) if is_finished else load_finished_trials(folder, classes_of(config))
+        return write_sweep(sweep, folder, out, reload)
     if len(workdirs) == 1:
         (folder,) = workdirs
-        run = load_run(folder, config=config)
-        return save(run.config.name, run_summary(run), run_sections(folder, run, data_dir, data), out or folder)
+        run = load_recorded(folder, config)
+        return save(run.config.name, run_summary(run), run_sections(folder, run, data_dir, data), out or folder, reload)
     parents = {folder.resolve().parent for folder in workdirs}
     if out is None and len(parents) > 1:
         raise UserError("the runs are in several folders: pass --out")
     common = Path(os.path.commonpath(parents))
-    runs = {str(folder.resolve().relative_to(common)): load_run(folder, config=config) for folder in workdirs}
+    runs = {str(folder.resolve().relative_to(common)): load_recorded(folder, config) for folder in workdirs}
     if len(runs) < len(workdirs):
         raise UserError("a run is listed twice: pass each run once")
     experiments = " and ".join(dict.fromkeys(run.config.name for run in runs.values()))
-    return save(f"{experiments}: {len(runs)} runs", "", comparison_sections(runs), out or common)
+    return save(f"{experiments}: {len(runs)} runs", "", comparison_sections(runs), out or common, reload)
 
 
-def write_sweep(sweep: Sweep, folder: Path, out: Path | None = None) -> tuple[Path, list[Path]]:
+def write_sweep(
+    sweep: Sweep, folder: Path, out: Path | None = None, reload: float | None = None
+) -> tuple[Path, list[Path]]:
     """Write the report of a sweep in ``folder``, as ``write`` does."""
     result = sweep.result
     summary = f"{len(result.members)} runs of {len(result.groups)} settings with {len(result.seeds)} seeds."
-    section = Section("Results", text.sweep_report(sweep), pictures=sweep_pictures(sweep))
-    return save(" and ".join(result.experiments), summary, [section], out or folder)
+    if not (folder / "result.json").exists():
+        summary += " Not finished: --resume continues."
+    content = text.sweep_report(sweep) if result.members else "no run is finished"
+    section = Section("Results", content, pictures=sweep_pictures(sweep))
+    return save(" and ".join(result.experiments), summary, [section], out or folder, reload)
 
 
 # --- Contents -------------------------------------------------------------------------------------------------------
 
 
-def run_sections(folder: Path, run: Run, data_dir: Path | None, data: Dataset | None = None) -> Iterator[Section]:
+def run_sections(folder: Path, run: Recorded, data_dir: Path | None, data: Dataset | None = None) -> Iterator[Section]:
     """Yield the sections for one run, evaluated on the test images if it is finished, else on the validation images."""
     data = load_training_data(folder, run.config.data, run.data, data_dir, data)
     yield Section("Result", "\n".join(f"{name:<24} {value}" for name, value in facts(run).items()))
     yield Section("Training", pictures=training_pictures(run))
     split_name, split = ("test", data.test) if run.result else ("validation", data.validation)
-    if split is not None:
+    if isinstance(run, Run) and split is not None:
         scores = evaluation.evaluate(run.model, *split, data.class_names)
         title, pictures = f"Predictions on the {split_name} images", prediction_pictures(scores)
         yield Section(title, text.mistakes(scores), pictures=pictures)
         yield Section("Scores of each class", text.class_scores(scores))
-    yield Section("Model", text.parameter_table(run.state.params), pictures=model_pictures(run, data))
+    if isinstance(run, Run):
+        yield Section("Model", text.parameter_table(run.state.params), pictures=model_pictures(run, data))
     yield Section("Data", pictures=data_pictures(data))
     yield Section("Config", "\n".join(f"{name} = {value}" for name, value in flat_config(run).items()))
 
 
-def training_pictures(run: Run) -> Iterator[Picture]:
+def training_pictures(run: Recorded) -> Iterator[Picture]:
+    if not run.history:
+        return
     yield Picture("history", "Cost and accuracy against the epoch.", plots.history(run), curves=True)
     interval = run.config.train.log_every
     # With fewer than two batches per epoch there are no curves.
@@ -152,11 +165,11 @@ def data_pictures(data: Dataset) -> Iterator[Picture]:
     yield Picture("values", "Distribution of pixel values in the training images.", plots.values(images))
 
 
-def comparison_sections(runs: Mapping[str, Run]) -> Iterator[Section]:
+def comparison_sections(runs: Mapping[str, Recorded]) -> Iterator[Section]:
     """Yield the sections for several runs."""
     rows: list[tuple[str, ...]] = [("run", "test accuracy", "loss", "validation", "steps", "parameters", "training s")]
     for name, run in runs.items():
-        result, steps = run.result, f"{int(run.state.step):,}"
+        result, steps = run.result, f"{run.step:,}"
         if result is None:
             rows.append((name, "", "", "", steps, "", ""))
         else:
@@ -172,7 +185,7 @@ def comparison_sections(runs: Mapping[str, Run]) -> Iterator[Section]:
     yield Section("Fields that differ", table=table)
 
 
-def comparison_pictures(runs: Mapping[str, Run]) -> Iterator[Picture]:
+def comparison_pictures(runs: Mapping[str, Recorded]) -> Iterator[Picture]:
     yield Picture("history", "Cost and accuracy against the epoch.", plots.history(runs), curves=True)
     if any(run.result for run in runs.values()):
         yield Picture("accuracies", "Test accuracy of each run.", plots.accuracies(runs))
@@ -188,19 +201,19 @@ def sweep_pictures(sweep: Sweep) -> Iterator[Picture]:
             yield Picture(field, f"Accuracy against {field}.", plots.against(sweep, field))
 
 
-def run_summary(run: Run) -> str:
+def run_summary(run: Recorded) -> str:
     """Return accuracy, errors, time and seed of a run in one line."""
     result, seed = run.result, f"seed {run.config.seed}"
     if result is None:
-        return f"Step {int(run.state.step):,} of {run.config.train.length:,}, {seed}. Not finished: --resume continues."
+        return f"Step {run.step:,} of {run.config.train.length:,}, {seed}. Not finished: --resume continues."
     errors = round((1 - result.test_accuracy) * result.test_count)
     accuracy = f"{100 * result.test_accuracy:.2f} % of {result.test_count:,} test images, {errors:,} errors"
     return f"{accuracy}; {result.steps:,} steps, {result.seconds['train']:.1f} s of training, {seed}."
 
 
-def facts(run: Run) -> dict[str, str]:
+def facts(run: Recorded) -> dict[str, str]:
     """Return the main facts about a run, by name."""
-    result, steps = run.result, int(run.state.step)
+    result, steps = run.result, run.step
     table = {"experiment": run.config.name, "seed": str(run.config.seed)}
     if result is None:
         table["steps"] = f"{steps:,} of {run.config.train.length:,}: not finished"
@@ -225,7 +238,7 @@ def facts(run: Run) -> dict[str, str]:
     return table | {"data": run.data.name}
 
 
-def flat_config(run: Run) -> dict[str, object]:
+def flat_config(run: Recorded) -> dict[str, object]:
     """Return the fields of a run's config by dotted name."""
     return fields.flatten(fields.to_json(run.config))
 
@@ -237,8 +250,10 @@ def format_number(value: float | None) -> str:
 # --- HTML -----------------------------------------------------------------------------------------------------------
 
 
-def save(title: str, summary: str, sections: Iterable[Section], out: Path) -> tuple[Path, list[Path]]:
-    """Write the page and its pictures to ``out``; return their paths. Raise UserError if that fails."""
+def save(
+    title: str, summary: str, sections: Iterable[Section], out: Path, reload: float | None = None
+) -> tuple[Path, list[Path]]:
+    """Write the page and its pictures to ``out``; return their paths. For ``reload`` see ``write``. Raise UserError."""
     page, body, contents, files = out / "report.html", [], [], []
     if (out / "export/draw.html").exists():
         contents.append('<a href="export/draw.html">Draw a digit</a>')
@@ -263,6 +278,7 @@ def save(title: str, summary: str, sections: Iterable[Section], out: Path) -> tu
             body.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
         body.append("</div></section>")
     parts = {"summary": html.escape(summary), "contents": "\n".join(contents), "body": "\n".join(body)}
+    parts["reload"] = "" if reload is None else f"setTimeout(() => location.reload(), {1000 * reload});"
     content = pages.fill("report", title, title, **parts)
     write_bytes(page, content.encode(errors="replace"))
     return page, files

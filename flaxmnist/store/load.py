@@ -39,18 +39,41 @@ class Trained:
         """The model to evaluate and predict with: with averaged weights if the config asks for averaging."""
         return self.state.model
 
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run with its records, but without its state: perhaps no checkpoint is saved yet."""
+
+    config: Config
+    data: DataInfo = field(repr=False)
+    history: list[dict[str, Any]] = field(repr=False)  # the records of metrics.jsonl
+    result: Result | None = field(repr=False)  # the content of result.json; None unless the run ended with this state
+
     @property
     def epoch_length(self) -> int:
         """The number of steps in an epoch."""
         return order.steps_per_epoch(self.config, self.data.train)
 
+    @property
+    def step(self) -> int:
+        """The number of steps, or the last one that was recorded."""
+        return max((record["step"] for record in self.history), default=0)
+
 
 @dataclass(frozen=True)
-class Run(Trained):
-    """A run with its records and result."""
+class Run(Recorded):
+    """A run with its records, result and state."""
 
-    history: list[dict[str, Any]] = field(repr=False)  # the records of metrics.jsonl
-    result: Result | None = field(repr=False)  # the content of result.json; None unless the run ended with this state
+    state: TrainState = field(repr=False)
+
+    @property
+    def model(self) -> nnx.Module:
+        """The model to evaluate and predict with: with averaged weights if the config asks for averaging."""
+        return self.state.model
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
 
 
 def classes_of(config: Config | None) -> set[type]:
@@ -89,7 +112,16 @@ def load_run(workdir: str | Path, which: str | int = "latest", *, config: Config
     result = read_json(folder / "result.json", Result) if (folder / "result.json").exists() else None
     if result is not None and result.steps != trained.state.step:
         result = None
-    return Run(trained.config, trained.state, trained.data, read_records(folder / "metrics.jsonl"), result)
+    return Run(trained.config, trained.data, read_records(folder / "metrics.jsonl"), result, trained.state)
+
+
+def load_recorded(folder: Path, config: Config | None = None) -> Recorded:
+    """Load the run in ``folder``, with its newest checkpoint if there is any. Raise UserError as ``load_run`` does."""
+    if manifest.steps(folder / "checkpoints"):
+        return load_run(folder, config=config)
+    run = read_run_info(folder, None, classes_of(config))
+    path = folder / "metrics.jsonl"
+    return Recorded(run.config, run.data, read_records(path) if path.exists() else [], None)
 
 
 def evaluate_run(

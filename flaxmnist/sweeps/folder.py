@@ -145,11 +145,9 @@ class SweepFolder:
 
     def finish(self, steps: int) -> Sweep:
         """Return and write the results of all trials, which took ``steps`` steps in total. Raise UserError."""
-        indices = sorted(self.results)
-        trials = [self.results[index] for index in indices]
+        sweep, trials = self.summary(steps), self.results.values()
         if len({trial.params_sha256 for trial in trials}) < len(trials):
             logger.warning("some trials have identical final parameters: seed or swept fields have no effect on them")
-        sweep = Sweep(summarise_sweep(self.info, trials, steps / self.seconds), concatenate(self.curves, indices))
         if self.path is not None:
             try:
                 (self.path / "unfinished.npz").unlink(missing_ok=True)
@@ -158,6 +156,12 @@ class SweepFolder:
             except OSError as error:
                 raise write_error(self.path, error) from None
         return sweep
+
+    def summary(self, steps: int) -> Sweep:
+        """Return the results of the trials that are finished, which took ``steps`` steps in total."""
+        indices = sorted(self.results)
+        trials, rate = [self.results[index] for index in indices], steps / self.seconds if indices else 0.0
+        return Sweep(summarise_sweep(self.info, trials, rate), concatenate(self.curves, indices))
 
     # --- Writing ----------------------------------------------------------------------------------------------------
 
@@ -216,6 +220,14 @@ def load_sweep(folder: Path) -> Sweep:
     if not (folder / "result.json").exists():
         raise UserError(f"{folder} is not finished: continue the sweep with --resume")
     return Sweep(read_json(folder / "result.json", SweepResult), read_arrays(folder / "curves.npz"))
+
+
+def load_finished_trials(path: Path, classes: Iterable[type] = ()) -> Sweep:
+    """Load what is finished of the sweep in ``path``. ``classes`` are the user's in it. Raise UserError if damaged."""
+    folder = SweepFolder(path, read_json(path / "sweep.json", SweepInfo, classes))
+    for file in sorted(path.glob("parts/*.npz")):
+        folder.load_part(file)
+    return folder.summary(sum(points[-1].step for points in folder.curves.values()))
 
 
 def load_trials(folder: Path, classes: Iterable[type] = ()) -> list[tuple[TrialResult, nnx.Module]]:

@@ -78,12 +78,11 @@ def summarise_sweep(info: SweepInfo, trials: Sequence[TrialResult], steps_per_se
         members = list(settings.values())[reference]
         test = summarise([trial.test_accuracy for trial in members if trial.test_accuracy is not None])
         best = BestSetting(**groups[reference].setting, test=test)
-    title = groups[reference].title
     comparisons = [
         Comparison(
             **group.setting,
             **vars(compare(accuracies[reference], accuracies[index])),
-            reference=title,
+            reference=groups[reference].title,
             loss=compare(losses[reference], losses[index]),
         )
         for index, group in enumerate(groups)
