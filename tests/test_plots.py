@@ -12,7 +12,7 @@ import flaxmnist as fm
 from flaxmnist.config import Adam
 from flaxmnist.core import models
 from flaxmnist.errors import UserError
-from flaxmnist.show import canvas, plots
+from flaxmnist.show import canvas, charts, plots
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +138,8 @@ def test_mistakes_are_sorted_worst_first(few, probabilities, figures_by_name):
     tiles = figures_by_name["mistakes"].axes
     assert len(tiles) == len(wrong)
     np.testing.assert_array_equal(tiles[0].images[0].get_array(), few.test.images[worst, :, :, 0])
-    assert tiles[0].get_title().startswith(f"true {few.test.labels[worst]}, p = ")
-    assert f"predicted {probabilities[worst].argmax()}, p = {probabilities[worst].max():.3f}" in tiles[0].get_title()
+    assert tiles[0].get_title().startswith(f"true {few.test.labels[worst]} (")
+    assert f"predicted {probabilities[worst].argmax()} ({probabilities[worst].max():.3f})" in tiles[0].get_title()
     with pytest.raises(UserError, match="all predictions are correct"):
         plots.mistakes(*few.test, np.eye(10)[few.test.labels])
 
@@ -204,7 +204,7 @@ def test_values_has_the_range_in_its_title(few):
 
 
 def test_settings_are_named_by_the_fields_that_vary(sweep):
-    assert plots.trials_by_setting(sweep) == {"b1 0.8": [0, 1], "b1 0.9": [2, 3]}
+    assert charts.trials_by_setting(sweep) == {"b1 0.8": [0, 1], "b1 0.9": [2, 3]}
     failed = [replace(trial, failed="diverged") for trial in sweep.members[2:]]
     failed = replace(sweep, result=replace(sweep.result, members=(*sweep.members[:2], *failed)))
-    assert plots.trials_by_setting(failed) == {"b1 0.8": [0, 1]}
+    assert charts.trials_by_setting(failed) == {"b1 0.8": [0, 1]}

@@ -88,7 +88,8 @@ def write_sweep(
 ) -> tuple[Path, list[Path]]:
     """Write the report of a sweep in ``folder``, as ``write`` does."""
     result = sweep.result
-    summary = f"{len(result.members)} runs of {len(result.groups)} settings with {len(result.seeds)} seeds."
+    counts = {"run": len(result.members), "setting": len(result.groups), "seed": len(result.seeds)}
+    summary = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items()) + "."
     if not (folder / "result.json").exists():
         summary += " Not finished: --resume continues."
     content = text.sweep_report(sweep) if result.members else "no run is finished"
