@@ -1,10 +1,12 @@
 """A web page in headless Chromium: what a script finds there, and screenshots."""
 
 import html
+import http.server
 import json
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +17,64 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
-def browse(page: Path, *options: str) -> subprocess.CompletedProcess:
-    """Open ``page``, which must log nothing to the console."""
+OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr")
+
+
+def browse(page: Path, *options: str) -> str:
+    """Open ``page``, which must log nothing to the console, and return the standard output."""
     assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *options]
-    ended = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=300, check=True)
+    command = [CHROMIUM, *OPTIONS, *options, page.as_uri()]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert "CONSOLE" not in ended.stderr, ended.stderr
-    return ended
+    return ended.stdout
 
 
-def evaluate(page: Path, script: str, *options: str) -> Any:
-    """Return what ``script``, the body of an asynchronous function, returns as JSON after ``page`` is loaded."""
-    copy = page.with_name("evaluated.html")
-    copy.write_text(f"""{page.read_text()}<script type="module">
-        const result = document.createElement("pre");
-        result.id = "result";
-        result.textContent = JSON.stringify(await (async () => {{ {script} }})());
-        document.body.append(result);
-    </script>""")
-    # Timers run at once, until this many milliseconds of their time have passed.
-    ended = browse(copy, "--virtual-time-budget=600000", *options, "--dump-dom")
-    found = re.search(r'<pre id="result">(.*?)</pre>', ended.stdout, re.DOTALL)
-    assert found, ended.stdout[-1000:]
+def with_script(page: Path, script: str) -> Path:
+    """Return a copy of ``page`` that ends with ``script``, the body of an asynchronous function."""
+    copy = page.with_name("with_script.html")
+    copy.write_text(f'{page.read_text()}<script type="module">await (async () => {{ {script} }})();</script>')
+    return copy
+
+
+def evaluate(page: Path, script: str, *options: str, real_time: bool = False) -> Any:
+    """Return what ``script``, the body of an asynchronous function, returns as JSON after ``page`` is loaded.
+
+    Unless in ``real_time``, timers run at once, so times mean nothing.
+    """
+    if real_time:
+        return evaluate_in_real_time(page, script, *options)
+    result = 'const result = Object.assign(document.createElement("pre"), {id: "result"});'
+    show = f"{result} result.textContent = JSON.stringify(await (async () => {{ {script} }})());"
+    copy = with_script(page, f"{show} document.body.append(result);")
+    # Milliseconds of the timers' time, after which the page is printed.
+    printed = browse(copy, "--virtual-time-budget=600000", *options, "--dump-dom")
+    found = re.search(r'<pre id="result">(.*?)</pre>', printed, re.DOTALL)
+    assert found, printed[-1000:]
     return json.loads(html.unescape(found[1]))
+
+
+def evaluate_in_real_time(page: Path, script: str, *options: str) -> Any:
+    """Evaluate ``script`` in a page that sends the result to a server of ours, after which the browser is ended."""
+    assert CHROMIUM is not None
+    answers = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            answers.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server, tempfile.TemporaryDirectory() as profile:
+        server.timeout = 300
+        send = f'fetch("http://127.0.0.1:{server.server_port}", {{ method: "POST", mode: "no-cors", body }})'
+        copy = with_script(page, f"const body = JSON.stringify(await (async () => {{ {script} }})()); await {send};")
+        kept_open = "--headless", "--no-sandbox", "--remote-debugging-port=0", f"--user-data-dir={profile}"
+        command = [CHROMIUM, *kept_open, *options, copy.as_uri()]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as browser:
+            server.handle_request()
+            browser.kill()
+    assert answers, "the page sent no result within 5 minutes"
+    return answers[0]

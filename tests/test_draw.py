@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 from browser import evaluate, needs_browser
 from conftest import main, slow, small
+from draw_page import read_drawings, read_photographs
 from flax import nnx
-from scipy.interpolate import make_interp_spline
 from test_onnx import FUNCTIONS, Calls
-from test_reading import STROKES
 from test_user_classes import ViT
 
 import flaxmnist as fm
 from flaxmnist.config import CNNConfig, MLPConfig, Train
-from flaxmnist.data.photos import read_digit
 from flaxmnist.errors import UserError
 from flaxmnist.show import draw, pages, reports
 from flaxmnist.store.provenance import DataInfo
@@ -145,69 +143,58 @@ def test_the_page_of_a_sweep_has_every_member(few, tmp_path, capsys):
 # --- In a browser ---------------------------------------------------------------------------------------------------
 
 
-def curves(digit: int, size: float, slant: float, left: float, top: float) -> list[list[list[float]]]:
-    """Return the strokes of a digit as points in fractions of the pad."""
-    strokes = []
-    for stroke in STROKES[digit].split("|"):
-        points = np.array([point.split(",") for point in stroke.split()], float) / 100
-        x, y = make_interp_spline(np.linspace(0, 1, len(points)), points, k=min(3, len(points) - 1))(TIMES).T
-        strokes.append(np.stack([left + size * 0.75 * (x + slant * (0.5 - y)), top + size * y], axis=1).tolist())
-    return strokes
-
-
-TIMES = np.linspace(0, 1, 40)
-DRAWINGS = [{"pen": 36, "strokes": curves(digit, 0.7, 0.0, 0.2, 0.15)} for digit in range(10)]
-DRAWINGS += [{"pen": 14, "strokes": curves(digit, 0.45, 0.1, 0.3, 0.3)} for digit in range(10)]  # thickened
-
-DRAW = (
-    f"const drawings = {json.dumps(DRAWINGS)};"
-    + """
-const pad = document.getElementById("pad"), drawn = [];
-const fire = (type, [x, y]) => {
-  const box = pad.getBoundingClientRect();
-  const at = { clientX: box.left + x * box.width, clientY: box.top + y * box.height };
-  pad.dispatchEvent(new PointerEvent(type, { pointerId: 1, bubbles: true, ...at }));
-};
-const prediction = document.getElementById("prediction"), isBlank = () => prediction.textContent === "Draw something";
-const until = async (condition) => { while (!condition()) await new Promise((resolve) => setTimeout(resolve, 20)); };
-for (const { pen, strokes } of drawings) {
-  flaxmnist.clear();
-  await until(isBlank);
-  document.getElementById("pen").value = pen;
-  for (const points of strokes) {
-    fire("pointerdown", points[0]);
-    points.forEach((point) => fire("pointermove", point));
-    fire("pointerup", points[points.length - 1]);
-  }
-  await until(() => !isBlank());
-  const [image, probabilities] = [flaxmnist.image(), flaxmnist.probabilities()];
-  drawn.push({ shown: prediction.textContent, image, probabilities, png: pad.toDataURL() });
-}
+KEYBOARD = """
+const key = (name, options) => document.getElementById("pad").dispatchEvent(
+  new KeyboardEvent("keydown", { key: name, bubbles: true, ...options }));
+const isWhite = (value) => value > 200, ink = () => flaxmnist.image().filter(isWhite).length;
+const counts = [ink()];
+key(" ");
+for (let i = 0; i < 8; i++) key("ArrowDown", { shiftKey: true });
+key(" ");
+counts.push(ink());
+key("ArrowRight");  // the pen is lifted
+counts.push(ink());
+key("z", { ctrlKey: true });
+counts.push(ink());
+const image = flaxmnist.image();
+return { counts, size: image.length };
 """
-)
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize(("channels", "blank"), [(1, 0), (3, 28 * 28 * 3)])
+def test_the_keyboard_draws(channels, blank, tmp_path):
+    """Models of grey images see white ink on black, models of colour images black ink on white."""
+    shape = (28, 28, channels)
+    model = fm.CNN(features=(4,), dense=8, shape=shape, rngs=nnx.Rngs(0))
+    (tmp_path / "draw.html").write_text(draw.draw_page([model], dataclasses.replace(DIGITS, shape=shape), "", ""))
+    answer = evaluate(tmp_path / "draw.html", KEYBOARD)
+    first, drawn, lifted, undone = answer["counts"]
+    assert answer["size"] == 28 * 28 * channels
+    assert (first, undone) == (blank, blank) and drawn == lifted
+    assert abs(drawn - first) > 30
 
 
 @pytest.mark.slow
 @needs_browser
 @pytest.mark.skipif("FLAXMNIST_DATA" not in os.environ, reason="FLAXMNIST_DATA names no folder with MNIST")
-def test_the_page_reads_drawings_as_predict_does(tmp_path):
+def test_the_page_reads_drawings_and_photographs_as_predict_does(tmp_path):
     """The inputs of 20 drawings differ by at most 2 grey levels on average."""
     data = fm.load_data("mnist", os.environ["FLAXMNIST_DATA"])
     config = fm.replace(fm.load_experiment("speedrun"), "train", Train(steps=1000, batch_size=256, ema_decay=0.99))
     run = fm.fit(config, data, tmp_path, devices=1)
     assert main("export")([str(tmp_path)]) == 0
     images = data.test.images[:1000]
-    script = f"{DRAW}; return [drawn, {json.dumps(images.reshape(1000, -1).tolist())}.map(flaxmnist.logits)];"
-    drawn, logits = evaluate(tmp_path / "export/draw.html", script)
+    pixels = json.dumps(images.reshape(1000, -1).tolist())
+    logits = evaluate(tmp_path / "export/draw.html", f"return {pixels}.map(flaxmnist.logits);")
     expected = fm.predict_logits(run.model, images)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-    predictions = []
-    for index, drawing in enumerate(drawn):
-        file = tmp_path / f"{index}.png"
-        file.write_bytes(base64.b64decode(drawing["png"].partition(",")[2]))
-        image = read_digit(file)
-        assert np.abs(image.ravel() - np.array(drawing["image"])).mean() <= 2
-        predictions.append(int(fm.predict(run.model, image[None])[0][0]))
-        assert np.argmax(drawing["probabilities"]) == predictions[-1]
-        assert drawing["shown"].startswith(f"{predictions[-1]}, ")
-    assert (np.array(predictions) == np.arange(20) % 10).sum() >= 19
+    for read in (read_drawings, read_photographs):
+        results = read(run.model, tmp_path / "export/draw.html")
+        for result in results:
+            assert result.prediction == result.prediction_of_png
+            assert result.shown.startswith(f"{result.prediction}, ")
+            # The centre of mass of a photograph may be rounded to the next pixel.
+            assert result.difference <= (2 if read is read_drawings else 20)
+        assert sum(result.prediction == result.digit for result in results) >= 19

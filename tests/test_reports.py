@@ -219,8 +219,7 @@ def test_a_browser_displays_every_picture(copy):
     page, pictures = reports.write([copy / "cnn"])
     checked = copy / "checked.html"
     checked.write_text(page.read_text() + CHECK)
-    dumped = browse(checked, "--dump-dom")
-    assert f"<title>{len(pictures)} of {len(pictures)} drawn</title>" in dumped.stdout
+    assert f"<title>{len(pictures)} of {len(pictures)} drawn</title>" in browse(checked, "--dump-dom")
     browse(checked, f"--screenshot={copy}/page.png", "--window-size=1000,6000", "--hide-scrollbars")
     with Image.open(copy / "page.png") as screenshot:
         assert screenshot.size == (1000, 6000)
