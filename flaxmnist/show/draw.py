@@ -77,7 +77,7 @@ def draw_page(models: Sequence[nnx.Module], data: DataInfo, title: str, facts: s
         facts=html.escape(facts),
         evidence=WEIGHTS if model["weights"] else ERASED,
         model=pages.to_script(model),
-        interpreter=pages.read("interpreter.js"),
+        libraries="\n".join(map(pages.read, ("interpreter.js", "digit.js", "photo.js"))),
     )
     if len(page) > MAX_BYTES and not large:
         raise UserError(f"the page would have {len(page) / 1e6:.0f} MB: pass --large to write it")

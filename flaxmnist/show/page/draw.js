@@ -10,8 +10,6 @@ let strokes = [], picture = null, answer = null, explained = 0;
 
 // --- The image that the model sees ---------------------------------------------------------------------------------
 
-const BOX = 20, DIGIT = 28, CENTRE = 14, MIN_PEN = 2; // pixels: those of MNIST, and the finest pen in the box
-
 function drawStrokes(context, colour) {
   Object.assign(context, { lineCap: "round", lineJoin: "round", strokeStyle: colour });
   for (const { points, pen } of strokes) {
@@ -32,12 +30,6 @@ function inkOf() {
   return withMinimalPen(cover(), Math.min(...strokes.map((stroke) => stroke.pen)));
 }
 
-// Return an image in which strokes `pen` pixels wide are as wide as the finest pen in the box, if they are finer.
-function withMinimalPen(ink, pen) {
-  const box = bounds(ink);
-  return box ? thicken(ink, roundEven((MIN_PEN * Math.max(box.width, box.height)) / BOX - pen)) : ink;
-}
-
 // Return how much of each pixel of the pad the strokes cover, around them.
 function cover() {
   const points = strokes.flatMap((stroke) => stroke.points), margin = 1 + Math.max(...strokes.map((stroke) => stroke.pen)) / 2;
@@ -53,97 +45,6 @@ function cover() {
   const { data } = scratch.getImageData(0, 0, width, height), ink = new Float32Array(width * height);
   for (let i = 0; i < ink.length; i++) ink[i] = data[4 * i + 3];
   return { width, height, data: ink };
-}
-
-// Return an image in which each pixel spreads over `extra` more pixels, down and to the right.
-function thicken(image, extra) {
-  if (extra <= 0) return image;
-  const width = image.width + extra, height = image.height + extra;
-  const rows = new Float32Array(width * image.height), data = new Float32Array(width * height);
-  for (let i = 0; i < image.data.length; i++) {
-    const place = Math.floor(i / image.width) * width + (i % image.width), value = image.data[i];
-    for (let k = place; value && k <= place + extra; k++) rows[k] = Math.max(rows[k], value);
-  }
-  for (let i = 0; i < rows.length; i++) {
-    for (let k = i; rows[i] && k <= i + extra * width; k += width) data[k] = Math.max(data[k], rows[i]);
-  }
-  return { width, height, data };
-}
-
-// Halves are rounded to an even number, as in Python.
-function roundEven(value) {
-  const rounded = Math.round(value);
-  return Math.abs(value % 1) === 0.5 && rounded % 2 ? rounded - 1 : rounded;
-}
-
-function bounds({ width: w, height: h, data }) {
-  let [left, right, top, bottom] = [w, -1, h, -1];
-  for (let i = 0; i < data.length; i++) {
-    if (data[i] > 0) {
-      const x = i % w, y = (i - x) / w;
-      left = Math.min(left, x); right = Math.max(right, x); top = Math.min(top, y); bottom = Math.max(bottom, y);
-    }
-  }
-  return right < 0 ? null : { left, top, width: right - left + 1, height: bottom - top + 1 };
-}
-
-function crop({ width: w, data }, box) {
-  const part = new Float32Array(box.width * box.height);
-  for (let y = 0; y < box.height; y++) {
-    const start = (box.top + y) * w + box.left;
-    part.set(data.subarray(start, start + box.width), y * box.width);
-  }
-  return { width: box.width, height: box.height, data: part };
-}
-
-function cubic(x) {
-  x = Math.abs(x);
-  return x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
-}
-
-// For each output pixel along an axis: its first input pixel and the weights, with a filter widened when scaling down.
-function filters(from, to) {
-  const scale = from / to, widened = Math.max(1, scale);
-  return Array.from({ length: to }, (_, i) => {
-    const centre = (i + 0.5) * scale, first = Math.max(0, Math.floor(centre - 2 * widened + 0.5));
-    const last = Math.min(from, Math.floor(centre + 2 * widened + 0.5));
-    const weights = Array.from({ length: last - first }, (_, k) => cubic((first + k - centre + 0.5) / widened));
-    const sum = weights.reduce((a, b) => a + b, 0);
-    return { first, weights: weights.map((weight) => weight / sum) };
-  });
-}
-
-const byte = (value) => Math.min(255, Math.max(0, Math.round(value)));
-
-function resize(image, w, h) {
-  const across = filters(image.width, w), down = filters(image.height, h);
-  const rows = new Float32Array(w * image.height), data = new Float32Array(w * h);
-  for (let y = 0; y < image.height; y++) {
-    across.forEach(({ first, weights }, x) => {
-      rows[y * w + x] = byte(weights.reduce((sum, weight, k) => sum + weight * image.data[y * image.width + first + k], 0));
-    });
-  }
-  down.forEach(({ first, weights }, y) => {
-    for (let x = 0; x < w; x++) {
-      data[y * w + x] = byte(weights.reduce((sum, weight, k) => sum + weight * rows[(first + k) * w + x], 0));
-    }
-  });
-  return { width: w, height: h, data };
-}
-
-// Return ink in the form of MNIST's digits: in a box of 20×20 pixels, its centre of mass in the middle of 28×28.
-function toDigit(ink) {
-  const digit = { width: DIGIT, height: DIGIT, data: new Float32Array(DIGIT * DIGIT) }, box = bounds(ink);
-  if (!box) return digit;
-  const scale = BOX / Math.max(box.width, box.height);
-  const [w, h] = [box.width, box.height].map((side) => Math.max(1, roundEven(side * scale)));
-  const small = resize(crop(ink, box), w, h);
-  const mass = small.data.reduce((a, b) => a + b, 0);
-  const mean = (index) => small.data.reduce((sum, value, i) => sum + value * index(i), 0) / mass;
-  const place = (centre, size) => Math.min(DIGIT - size, Math.max(0, roundEven(CENTRE - centre)));
-  const left = place(mean((i) => i % w), w), top = place(mean((i) => Math.floor(i / w)), h);
-  small.data.forEach((value, i) => { digit.data[(top + Math.floor(i / w)) * DIGIT + left + (i % w)] = value; });
-  return digit;
 }
 
 function modelInput() {
@@ -418,63 +319,6 @@ async function open(file) {
   strokes = [];
   picture = { ...separate(context.getImageData(0, 0, w, h).data, w, h), canvas: shown };
   changed();
-}
-
-// Return the ink of a picture: what differs from its background, up to the grey level of most of the stroke.
-function separate(pixels, w, h) {
-  const grey = Float32Array.from({ length: w * h }, (_, i) =>
-    0.299 * pixels[4 * i] + 0.587 * pixels[4 * i + 1] + 0.114 * pixels[4 * i + 2]);
-  const paper = background(grey, w, h), difference = grey.map((value, i) => value - paper[i]);
-  const sign = Math.sign(difference.reduce((sum, value) => sum + value ** 3, 0));
-  const ink = difference.map((value) => Math.max(0, sign * value));
-  const level = ink.reduce((most, value) => Math.max(most, value), 1) * 0.4;
-  const strong = ink.filter((value) => value > level), full = strong.length ? median(strong) : 255;
-  const data = ink.map((value) => (value < level / 2 ? 0 : Math.min(255, (255 * value) / full)));
-  return withMinimalPen({ width: w, height: h, data }, penOf(ink, level, w));
-}
-
-// Return the mean width of strokes from their area and the length of their edges, which steps make 4/π times as long.
-function penOf(ink, level, w) {
-  const inside = (i) => ink[i] > level;
-  let area = 0, edges = 0;
-  for (let i = 0; i < ink.length; i++) {
-    area += inside(i);
-    edges += (i % w > 0 && inside(i) !== inside(i - 1)) + (i >= w && inside(i) !== inside(i - w));
-  }
-  return edges ? (2 * area * 4) / (Math.PI * edges) : 0;
-}
-
-const median = (values) => values.slice().sort()[values.length >> 1];
-
-// Fit a polynomial of degree 2 to the border, which follows uneven lighting; leave out what differs from it, such as ink.
-function background(grey, w, h) {
-  const terms = (i) => {
-    const x = (2 * (i % w)) / w - 1, y = (2 * Math.floor(i / w)) / h - 1;
-    return [1, x, y, x * x, x * y, y * y];
-  };
-  const dot = (a, b) => a.reduce((sum, value, k) => sum + value * b[k], 0);
-  const border = [...grey.keys()].filter((i) => i % w === 0 || i % w === w - 1 || i < w || i >= w * (h - 1));
-  let coefficients = [median(Float32Array.from(border, (i) => grey[i])), 0, 0, 0, 0, 0];
-  for (const used of [1, 3, 3, 6, 6, 6]) { // terms: a curve, from the start, would bend to the ink
-    const residuals = Float32Array.from(border, (i) => Math.abs(grey[i] - dot(terms(i), coefficients)));
-    const limit = Math.max(2, 4.5 * median(residuals)), kept = border.filter((_, k) => residuals[k] <= limit);
-    const points = kept.map((i) => [...terms(i).slice(0, used), grey[i]]);
-    coefficients = [...leastSquares(points, used), 0, 0, 0, 0, 0].slice(0, 6);
-  }
-  return grey.map((_, i) => dot(terms(i), coefficients));
-}
-
-// Return the coefficients that fit the last value of each point to the others: the normal equations, by elimination.
-function leastSquares(points, n) {
-  const rows = Array.from({ length: n }, (_, i) => Array.from({ length: n + 1 }, (_, j) =>
-    points.reduce((sum, point) => sum + point[i] * point[j], i === j ? 1e-6 : 0)));
-  for (let i = 0; i < n; i++) {
-    for (let k = 0; k < n; k++) {
-      const factor = rows[k][i] / rows[i][i];
-      if (k !== i) for (let j = i; j <= n; j++) rows[k][j] -= factor * rows[i][j];
-    }
-  }
-  return rows.map((row, i) => row[n] / row[i]);
 }
 
 element("file").addEventListener("change", (event) => open(event.target.files[0]));
