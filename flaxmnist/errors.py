@@ -41,6 +41,11 @@ def check_local(path: str | Path) -> None:
         )
 
 
+def one_line(error: Exception) -> str:
+    """Return the type and the message of an error of someone else's in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def print_message(message: str) -> None:
     """Print to standard error, if it can be written to: it may be a file on a full disk."""
     with contextlib.suppress(OSError):

@@ -162,6 +162,8 @@ def train(
     trace_at = step if profile_at is None else profile_at
     if profile is not None:
         make_trace_folder(Path(profile), trace_at, length)
+        if trace_at < step:
+            logger.info("no trace: the run resumes at step %d, after --profile-at", step)
     compiled = compile_training(session, state)
     log.progress.begin()
 

@@ -36,25 +36,23 @@ def with_script(page: Path, script: str) -> Path:
     return copy
 
 
-def evaluate(page: Path, script: str, *options: str, real_time: bool = False) -> Any:
+def evaluate(page: Path, script: str) -> Any:
     """Return what ``script``, the body of an asynchronous function, returns as JSON after ``page`` is loaded.
 
-    Unless in ``real_time``, timers run at once, so times mean nothing.
+    Timers run at once, so times mean nothing.
     """
-    if real_time:
-        return evaluate_in_real_time(page, script, *options)
     result = 'const result = Object.assign(document.createElement("pre"), {id: "result"});'
     show = f"{result} result.textContent = JSON.stringify(await (async () => {{ {script} }})());"
     copy = with_script(page, f"{show} document.body.append(result);")
     # Milliseconds of the timers' time, after which the page is printed.
-    printed = browse(copy, "--virtual-time-budget=600000", *options, "--dump-dom")
+    printed = browse(copy, "--virtual-time-budget=600000", "--dump-dom")
     found = re.search(r'<pre id="result">(.*?)</pre>', printed, re.DOTALL)
     assert found, printed[-1000:]
     return json.loads(html.unescape(found[1]))
 
 
-def evaluate_in_real_time(page: Path, script: str, *options: str) -> Any:
-    """Evaluate ``script`` in a page that sends the result to a server of ours, after which the browser is ended."""
+def evaluate_in_real_time(page: Path, script: str) -> Any:
+    """Evaluate ``script`` as ``evaluate`` does, in real time: the page sends its result to a server of ours."""
     assert CHROMIUM is not None
     answers = []
 
@@ -72,7 +70,7 @@ def evaluate_in_real_time(page: Path, script: str, *options: str) -> Any:
         send = f'fetch("http://127.0.0.1:{server.server_port}", {{ method: "POST", mode: "no-cors", body }})'
         copy = with_script(page, f"const body = JSON.stringify(await (async () => {{ {script} }})()); await {send};")
         kept_open = "--headless", "--no-sandbox", "--remote-debugging-port=0", f"--user-data-dir={profile}"
-        command = [CHROMIUM, *kept_open, *options, copy.as_uri()]
+        command = [CHROMIUM, *kept_open, copy.as_uri()]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as browser:
             server.handle_request()
             browser.kill()

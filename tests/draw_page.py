@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from browser import browse, evaluate, with_script
+from browser import browse, evaluate, evaluate_in_real_time, with_script
 from flax import nnx
 from PIL import Image, ImageFilter
 from scipy.interpolate import make_interp_spline
@@ -42,6 +42,12 @@ def curves(digit: int, size: float, slant: float, left: float, top: float) -> li
 DRAWINGS = [{"pen": 36, "strokes": curves(digit, 0.7, 0.0, 0.2, 0.15)} for digit in range(10)]
 DRAWINGS += [{"pen": 14, "strokes": curves(digit, 0.45, 0.1, 0.3, 0.3)} for digit in range(10)]  # thickened
 
+# Both wait until the page shows a prediction, or none.
+SHOWN = """
+const prediction = document.getElementById("prediction"), isBlank = () => prediction.textContent === "Draw something";
+const until = async (condition) => { while (!condition()) await new Promise((resolve) => setTimeout(resolve, 20)); };
+"""
+
 POINTER = """
 const pad = document.getElementById("pad");
 const fire = (type, [x, y]) => {
@@ -61,10 +67,8 @@ const draw = async ({ pen, strokes }, afterPoint) => {
 
 # Draw everything, and return what the page shows, and the pad as PNG.
 ALL = (
-    f"{POINTER} const drawings = {json.dumps(DRAWINGS)}, drawn = [];"
+    f"{SHOWN} {POINTER} const drawings = {json.dumps(DRAWINGS)}, drawn = [];"
     + """
-const prediction = document.getElementById("prediction"), isBlank = () => prediction.textContent === "Draw something";
-const until = async (condition) => { while (!condition()) await new Promise((resolve) => setTimeout(resolve, 20)); };
 for (const drawing of drawings) {
   flaxmnist.clear();
   await until(isBlank);
@@ -73,6 +77,7 @@ for (const drawing of drawings) {
   const [image, probabilities] = [flaxmnist.image(), flaxmnist.probabilities()];
   drawn.push({ shown: prediction.textContent, image, probabilities, png: pad.toDataURL() });
 }
+return drawn;
 """
 )
 
@@ -96,8 +101,6 @@ return latencies;
 
 # Drop each of the ``files``, and return what the model sees.
 DROP = """
-const prediction = document.getElementById("prediction"), isBlank = () => prediction.textContent === "Draw something";
-const until = async (condition) => { while (!condition()) await new Promise((resolve) => setTimeout(resolve, 20)); };
 const seen = [];
 for (const file of files) {
   flaxmnist.clear();
@@ -136,7 +139,7 @@ class Read(NamedTuple):
 
 def read_drawings(model: nnx.Module, page: Path) -> list[Read]:
     """Draw on the ``page`` of a model; read its pads, as PNG files beside it, with the model."""
-    drawn = evaluate(page, f"{ALL} return drawn;")
+    drawn = evaluate(page, ALL)
     return compare(model, page.parent, drawn, [base64.b64decode(one["png"].partition(",")[2]) for one in drawn])
 
 
@@ -147,7 +150,7 @@ def read_photographs(model: nnx.Module, page: Path) -> list[Read]:
         picture.save(file := io.BytesIO(), "png")
         files.append(file.getvalue())
     encoded = json.dumps([base64.b64encode(file).decode() for file in files])
-    return compare(model, page.parent, evaluate(page, f"const files = {encoded}; {DROP}"), files)
+    return compare(model, page.parent, evaluate(page, f"{SHOWN} const files = {encoded}; {DROP}"), files)
 
 
 def compare(model: nnx.Module, folder: Path, answers: list[dict], files: list[bytes]) -> list[Read]:
@@ -188,7 +191,7 @@ def main() -> None:
             differences = [result.difference for result in results]
             print(f"{len(results)} {name}: {right} right, {same} read as by predict.py; their inputs differ by")
             print(f"    {np.mean(differences):.2f} grey levels on average, {max(differences):.2f} at most")
-        latencies = evaluate(page, LATENCIES, real_time=True)
+        latencies = evaluate_in_real_time(page, LATENCIES)
         mean, most = np.mean(latencies), np.percentile(latencies, 99)
         print(f"{len(latencies)} points: answered after {mean:.0f} ms on average, 99 % of them within {most:.0f} ms")
         if arguments.pictures is not None:

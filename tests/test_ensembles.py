@@ -51,7 +51,7 @@ def test_ensemble_averages_probabilities(saved_sweep, digits):
     assert len(ensemble.members) == 2
     assert ensemble.together.count == 360
     assert ensemble.setting == best.title
-    with pytest.raises(UserError, match="has 3 trials of its best setting: use at most as many"):
+    with pytest.raises(UserError, match="has 3 trials of its best setting: use 1 to 3 of them"):
         evaluate_ensemble(folder, 4)
     shifted = np.mean([fm.predict(model, digits.test.images, shifts=1)[1] for model in models[:2]], axis=0)
     np.testing.assert_allclose(evaluate_ensemble(folder, 2, shifts=1).together.probabilities, shifted, atol=1e-12)

@@ -61,6 +61,7 @@ FUNCTIONS = {
     "square root": lambda x: jnp.sqrt(x) - jnp.abs(x - 0.5) + jnp.sign(x - 0.5) + x**0.3 + x**2 + x**3,
     "minimum": lambda x: jnp.minimum(x, 0.5) - x.min((1, 2), keepdims=True) + jnp.log(x + 1) + jnp.log1p(x),
     "comparisons": lambda x: jnp.where((x > 0.201) == (x < 0.7), x, -x) + (x >= 0.1) - (x <= 0.3) + (x != 0.5),
+    "truth values": lambda x: x.astype(bool).astype(x.dtype) + (x > 0.5).astype(jnp.int32),
     "slice": lambda x: x[:, 3:-2, 5:] + x[:, 4:5, :1] + x[:, 1::9, ::2][:, :1, :1],
     "concatenation": lambda x: jnp.concatenate([x, 2 * x[:, :4]], axis=1),
     "roll": lambda x: jnp.roll(x, 3, axis=2),
@@ -96,9 +97,18 @@ def test_normalisation_becomes_a_factor_and_an_offset_for_each_channel():
     assert names.count("mul") == 2
 
 
+UNSUPPORTED = {
+    lambda x: jnp.sort(x, axis=1): "an operation that only JAX can compute: sort",
+    lambda x: x.astype(jnp.bfloat16): "a type that is not supported in ONNX: bfloat16",
+    lambda x: (x > 0.5).max(1, keepdims=True) + x: "the model cannot be written as ONNX .InferenceError",
+    lambda x: jnp.broadcast_to(jnp.ones(1), (4 * len(x), 1, 1)).sum() + x: "a shape that is not supported in ONNX",
+}
+
+
 def test_a_model_that_onnx_lacks_is_exported_in_the_other_formats(few, tmp_path, caplog, monkeypatch):
-    with pytest.raises(UserError, match="an operation that only JAX can compute: sort"):
-        onnx_model(Calls(lambda x: jnp.sort(x, axis=1)), (28, 28, 1), 10)
+    for function, message in UNSUPPORTED.items():
+        with pytest.raises(UserError, match=message):
+            onnx_model(Calls(function), (28, 28, 1), 10)
     fm.fit(small("mlp", steps=1), few, tmp_path)
     exports.write(load_checkpoint(tmp_path), tmp_path / "export")
     monkeypatch.setattr(Trained, "model", Calls(lambda x: jnp.sort(x, axis=1)))

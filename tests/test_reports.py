@@ -230,12 +230,12 @@ def test_a_browser_displays_every_picture(copy):
 @pytest.mark.slow
 @needs_browser
 def test_a_table_is_sorted_by_a_click(tmp_path):
-    rows = [("run", "loss"), ("b", "0.5"), ("a", "12"), ("c", "3e-3")]
+    rows = [("run", "loss"), ("b", "0.5"), ("a", "12"), ("c", "3e-3"), ("d", "")]
     page, _ = reports.save("runs", "", [reports.Section("Results", table=rows)], tmp_path)
     names = "[...document.querySelectorAll('tbody tr')].map((row) => row.cells[0].textContent).join('')"
     clicks = "const buttons = document.querySelectorAll('th button');"
     script = f"{clicks} return [0, 0, 1, 1].map((column) => {{ buttons[column].click(); return {names}; }});"
-    assert evaluate(page, script) == ["abc", "cba", "abc", "cba"]
+    assert evaluate(page, script) == ["abcd", "dcba", "abcd", "cbad"]
 
 
 @pytest.mark.slow

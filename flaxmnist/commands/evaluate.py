@@ -39,13 +39,13 @@ def evaluate(arguments: Arguments) -> None:
             f"{'pass' if is_sweep else 'omit'} --ensemble"
         )
     options = {"split": arguments.split, "data_dir": arguments.data_dir, "config": config, "shifts": arguments.shifts}
+    if arguments.step != "latest" and (is_sweep or arguments.workdir.suffix in exports.EXTRAS):
+        raise UserError(f"{arguments.workdir} holds only one step: omit --step")
     if is_sweep:
         size = None if arguments.ensemble == "all" else arguments.ensemble
         ensemble = ensembles.evaluate_ensemble(arguments.workdir, size, **options)
         evaluation, report = ensemble.together, text.ensemble_report(ensemble)
     elif arguments.workdir.suffix in exports.EXTRAS:
-        if arguments.step != "latest":
-            raise UserError(f"{arguments.workdir} holds only one step: omit --step, and pass it to {command('export')}")
         evaluation = exports.evaluate(arguments.workdir, **options)
         report = text.class_report(evaluation)
     else:
@@ -60,7 +60,7 @@ def evaluate(arguments: Arguments) -> None:
 def parse_arguments(argv: list[str]) -> Arguments:
     """Parse the arguments; ``--ensemble`` without a number means all."""
     argv = [
-        f"{word}=all" if word == "--ensemble" and not following.isdecimal() else word
+        f"{word}=all" if word == "--ensemble" and not (following.isdecimal() or following == "all") else word
         for word, following in zip(argv, [*argv[1:], ""], strict=False)
     ]
     return tyro.cli(Arguments, args=argv, prog=command("evaluate"), description=__doc__)

@@ -1,6 +1,7 @@
 """Export a run as safetensors, StableHLO and ONNX, and write a page to draw digits on."""
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def export(arguments: Arguments) -> None:
     workdir, step, config = arguments.workdir, arguments.step, load_classes(arguments.experiment)
     folder = workdir / "export" if arguments.out is None else arguments.out
     is_sweep = os.path.exists(workdir / "sweep.json")
+    if is_sweep and step != "latest":
+        raise UserError(f"{workdir} is a sweep, whose trials hold only one step: omit --step")
     files = [] if is_sweep else exports.write(load_checkpoint(workdir, step, config), folder)
     try:
         files.append(draw.write(workdir, folder, step, config, large=arguments.large))
@@ -40,8 +43,9 @@ def export(arguments: Arguments) -> None:
     for file in files:
         print(f"{file}  {file.stat().st_size:,} bytes")
     if folder / "load.py" in files:
-        print(f"next: {command('evaluate')} {folder / 'model.stablehlo'}")
-        print(f"      python {folder / 'load.py'} IMAGES.npy")
+        program, loader = (shlex.quote(str(folder / name)) for name in ("model.stablehlo", "load.py"))
+        print(f"next: {command('evaluate')} {program}")
+        print(f"      python {loader} IMAGES.npy")
 
 
 def main(argv: list[str]) -> int:

@@ -24,8 +24,6 @@ class Arguments:
 def report(arguments: Arguments) -> None:
     """Write the page and its figures, and print their paths; do so again while the runs train, if asked to."""
     console.show_messages("info")
-    if not arguments.workdirs:
-        raise UserError(f"no folder: pass that of a run or sweep, as in {command('report')} runs/a")
     if arguments.watch is not None and not 1 <= arguments.watch <= 3600:
         raise UserError(f"--watch must be in [1, 3600] seconds, but is {arguments.watch}")
     options = arguments.workdirs, arguments.out, arguments.data_dir, load_classes(arguments.experiment)

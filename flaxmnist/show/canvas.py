@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", ":", "-.")
+STYLES = {"-": "", "--": "5 3", ":": "1.5 2.5", "-.": "6 2 1.5 2"}  # with their dashes in SVG
 MARKERS = "osv^D"
 IMAGE_CMAP = "Greys"  # digits: dark on white
 SEQUENTIAL_CMAP = "viridis_r"  # darker is larger
@@ -56,7 +56,7 @@ def plot(width: float = 7, height: float = 4.5, **settings: Any) -> tuple["Figur
 
     fig = figure(width, height)
     axes = fig.add_subplot(**settings)
-    axes.set_prop_cycle(cycler(linestyle=STYLES) * cycler(color=COLOURS))
+    axes.set_prop_cycle(cycler(linestyle=list(STYLES)) * cycler(color=COLOURS))
     return fig, axes
 
 
@@ -70,23 +70,28 @@ def png(fig: "Figure") -> bytes:
 
 
 def curves(fig: "Figure") -> dict[str, Any]:
-    """Return the lines of a figure as JSON: "x", the title of the last axis, and "panels" from top to bottom."""
+    """Return the lines, and the bands around them, as JSON: "x", the title of the axis, and "panels" from the top."""
     from matplotlib.colors import to_hex
 
-    panels = []
-    for axes in fig.axes:
+    panels, with_lines = [], [axes for axes in fig.axes if axes.get_lines()]
+    for axes in with_lines:
         lines = [
             {
                 "name": "" if str(line.get_label()).startswith("_") else line.get_label(),
                 "colour": to_hex(line.get_color()),
-                "dashed": line.get_linestyle() not in ("-", "None"),
+                "dashes": STYLES.get(str(line.get_linestyle()), ""),
                 "x": numbers(line.get_xdata()),
                 "y": numbers(line.get_ydata()),
             }
             for line in axes.get_lines()
         ]
-        panels.append({"y": axes.get_ylabel(), "log": axes.get_yscale() == "log", "lines": lines})
-    return {"x": fig.axes[-1].get_xlabel(), "panels": [panel for panel in panels if panel["lines"]]}
+        bands = []
+        for band in axes.collections:
+            colour: Any = band.get_facecolor()
+            outline = np.concatenate([path.vertices for path in band.get_paths()])
+            bands.append({"colour": to_hex(colour[0]), "x": numbers(outline[:, 0]), "y": numbers(outline[:, 1])})
+        panels.append({"y": axes.get_ylabel(), "log": axes.get_yscale() == "log", "lines": lines, "bands": bands})
+    return {"x": with_lines[-1].get_xlabel() if with_lines else "", "panels": panels}
 
 
 def numbers(values: Any) -> list[float | None]:

@@ -54,7 +54,8 @@ def batch_costs(run: Recorded) -> "Figure":
     colours = colormaps[SEQUENTIAL_CMAP](np.linspace(0.15, 1, count)) if count > 1 else [COLOURS[0]]
     marker = "." if max(sizes) < 30 else None
     for number, colour in zip(epochs, colours, strict=True):
-        axes.plot(batch[epoch == number], cost[epoch == number], "-", color=colour, linewidth=0.8, marker=marker)
+        style = {"label": f"epoch {int(number) + 1}", "color": colour, "linewidth": 0.8, "marker": marker}
+        axes.plot(batch[epoch == number], cost[epoch == number], "-", **style)
     if count > 1:
         bounds = BoundaryNorm([*(epochs + 0.5), epochs[-1] + 1.5], count)
         bar = fig.colorbar(ScalarMappable(bounds, ListedColormap(colours)), ax=axes, label="epoch")

@@ -14,7 +14,7 @@ from flax import nnx
 
 from flaxmnist.config import Config
 from flaxmnist.core.trace import Node, Operation, trace
-from flaxmnist.errors import UserError
+from flaxmnist.errors import UserError, check_local
 from flaxmnist.show import pages
 from flaxmnist.store.files import write_file
 from flaxmnist.store.load import load_run
@@ -35,6 +35,7 @@ def write(
     Return its path. For ``step`` and ``config`` see ``load_run``. Raise UserError as ``draw_page`` does, or if
     ``workdir`` is damaged or ``folder`` cannot be written to.
     """
+    check_local(folder)
     if os.path.exists(workdir / "sweep.json"):
         setting, _, data, models = load_committee(workdir, config=config)
         title, facts = setting.title, f"The mean of {len(models)} networks."

@@ -17,6 +17,7 @@ from flaxmnist.devices import evaluation
 from flaxmnist.devices.evaluation import Evaluation
 from flaxmnist.errors import UserError, check_local
 from flaxmnist.show import canvas, pages, plots, text
+from flaxmnist.store.files import write_file
 from flaxmnist.store.load import Recorded, Run, classes_of, load_recorded, load_training_data
 from flaxmnist.sweeps.folder import load_finished_trials, load_sweep
 from flaxmnist.sweeps.results import Sweep
@@ -58,6 +59,8 @@ def write(
     again every so many seconds. Raise UserError if a folder is neither run nor sweep or is damaged, if one of several
     is a sweep, if the data cannot be loaded, or if ``out`` cannot be written to.
     """
+    if not workdirs:
+        raise UserError("no folder: pass that of a run or sweep, such as runs/a")
     if out is not None:
         check_local(out)
     sweep_folders = [folder for folder in workdirs if os.path.exists(folder / "sweep.json")]
@@ -187,7 +190,9 @@ def comparison_sections(runs: Mapping[str, Recorded]) -> Iterator[Section]:
 
 
 def comparison_pictures(runs: Mapping[str, Recorded]) -> Iterator[Picture]:
-    yield Picture("history", "Cost and accuracy against the epoch.", plots.history(runs), curves=True)
+    # More runs have equal colours, and differ in the markers of the picture.
+    curves = len(runs) <= len(canvas.COLOURS)
+    yield Picture("history", "Cost and accuracy against the epoch.", plots.history(runs), curves)
     if any(run.result for run in runs.values()):
         yield Picture("accuracies", "Test accuracy of each run.", plots.accuracies(runs))
 
@@ -294,9 +299,9 @@ def html_table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, and create its folder if needed. Raise UserError if that fails."""
+    """Write a file atomically, and create its folder if needed. Raise UserError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        write_file(path, content)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; pass another --out") from None

@@ -66,7 +66,7 @@ def parameter_table(params) -> str:
 
 
 def layer_table(model: nnx.Module, shape: Sequence[int]) -> str:
-    """Return a table with the output, the operations for one image, and the bytes of each layer with weights."""
+    """Return a table with the output, the operations for one image, and the bytes of each convolution and product."""
     model.eval()
     try:
         nodes = trace(model, shape)
@@ -79,8 +79,9 @@ def layer_table(model: nnx.Module, shape: Sequence[int]) -> str:
             total += operations
             if node.name in LAYERS:
                 output, size = "×".join(map(str, node.shape[1:])), 4 * math.prod(node.shape)
-                weights = 4 * math.prod(nodes[node.inputs[1]].shape)
-                rows.append((LAYERS[node.name], output, f"{operations / 1e6:.3f}", f"{size:,}", f"{weights:,}"))
+                weights = nodes[node.inputs[1]]
+                held = "" if isinstance(weights, Operation) else f"{4 * weights.size:,}"
+                rows.append((LAYERS[node.name], output, f"{operations / 1e6:.3f}", f"{size:,}", held))
     return format_table([*rows, ("all operations", "", f"{total / 1e6:.3f}", "", "")])
 
 

@@ -25,7 +25,7 @@ from flaxmnist.core import models
 from flaxmnist.core.convolution import set_form
 from flaxmnist.core.layers import normalise
 from flaxmnist.devices import evaluation
-from flaxmnist.errors import UserError, check_local
+from flaxmnist.errors import UserError, check_local, one_line
 from flaxmnist.store.files import read_json, write_file, write_json
 from flaxmnist.store.load import Trained, classes_of, get_split, load_training_data
 from flaxmnist.store.onnx_model import onnx_model
@@ -253,7 +253,3 @@ def check_extra(action: str, suffix: str) -> None:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

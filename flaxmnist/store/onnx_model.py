@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from flaxmnist.core.trace import Node, Operation, trace
-from flaxmnist.errors import UserError
+from flaxmnist.errors import UserError, one_line
 
 OPSET, IR_VERSION = 18, 8  # of 2022, so that older programs read the file too
 
@@ -29,6 +29,16 @@ def onnx_model(model: nnx.Module, shape: Sequence[int], classes: int) -> bytes:
 
     Raise UserError if an operation of the model is not supported.
     """
+    try:
+        return make_model(model, shape, classes)
+    except UserError:
+        raise
+    except Exception as error:  # the checker raises several types
+        raise UserError(f"the model cannot be written as ONNX ({one_line(error)[:200]})") from error
+
+
+def make_model(model: nnx.Module, shape: Sequence[int], classes: int) -> bytes:
+    """Return the ONNX model, checked. Raise various exceptions if it is not valid."""
     from onnx import TensorProto, checker, helper
 
     writer = Writer([merge(*pair) for pair in zip(trace(model, shape, 2), trace(model, shape, 3), strict=True)])
@@ -112,6 +122,8 @@ class Writer:
             case "select_n":
                 return self.add("Where", inputs[0], inputs[2], inputs[1])
             case "convert_element_type":
+                if options["dtype"] not in TYPES:
+                    raise UserError(f"the model has a type that is not supported in ONNX: {options['dtype']}")
                 return self.add("Cast", *inputs, to=TYPES[options["dtype"]])
             case "reshape" | "squeeze" | "expand_dims":
                 return self.reshape(inputs[0], shape)
@@ -158,6 +170,8 @@ class Writer:
 
     def sizes(self, shape: Sequence[int | str]) -> str:
         """Return the name of a shape, of which the number of images may be a part."""
+        if any(isinstance(size, str) and size != "n" for size in shape):
+            raise UserError(f"the model has a shape that is not supported in ONNX: {list(shape)}")
         count = self.add("Shape", "images", start=0, end=1)
         sizes = [count if size == "n" else [size] for size in shape]
         return self.add("Concat", *sizes, axis=0)

@@ -43,11 +43,12 @@ def load_committee(folder: Path, size: int | None = None, config: Config | None 
     """
     best, classes = load_sweep(folder).result.best, classes_of(config)
     if best is None:
-        raise UserError(f"{folder} has no best setting: an ensemble needs validation images, or a single setting")
+        needed = "validation images or a single setting, and no diverged trials in it"
+        raise UserError(f"{folder} has no best setting: an ensemble needs {needed}")
     models = [model for trial, model in load_trials(folder, classes) if trial.setting == best.setting]
     count = len(models) if size is None else size
     if not 1 <= count <= len(models):
-        raise UserError(f"{folder} has {len(models)} trials of its best setting: use at most as many")
+        raise UserError(f"{folder} has {len(models)} trials of its best setting: use 1 to {len(models)} of them")
     trained = read_json(folder / "sweep.json", SweepInfo, classes).experiment(best.experiment)
     return Committee(best, *trained, models[:count])
 

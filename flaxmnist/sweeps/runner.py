@@ -58,11 +58,6 @@ def sweep(
     return run_sweep([experiment], seeds, settings, share_order=share_order, exact=exact, devices=devices)
 
 
-def as_python(value: Any) -> Any:
-    """Return a number of NumPy as one of Python, and any other value as it is."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def run_sweep(
     experiments: Sequence[Experiment],
     seeds: Sequence[int],

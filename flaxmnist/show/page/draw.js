@@ -55,9 +55,9 @@ function modelInput() {
 
 // The drawing on white paper, or the picture, for models of colour images.
 function colours() {
-  const whole = canvas(SIDE, SIDE).getContext("2d"), small = canvas(width, height).getContext("2d");
-  paintDrawing(whole, "#fff", "#000");
-  small.drawImage(whole.canvas, 0, 0, width, height);
+  const whole = picture ? picture.canvas : canvas(SIDE, SIDE), small = canvas(width, height).getContext("2d");
+  if (!picture) paintDrawing(whole.getContext("2d"), "#fff", "#000");
+  small.drawImage(whole, 0, 0, width, height);
   const { data } = small.getImageData(0, 0, width, height);
   return Float32Array.from({ length: width * height * 3 }, (_, i) => data[4 * Math.floor(i / 3) + (i % 3)]);
 }
@@ -139,6 +139,7 @@ const layers = page.layers.map((index) => {
   return { index, shape, target, maps };
 });
 element("layers-section").hidden = !layers.length;
+if (members.length > 1) element("layers-title").textContent = "Inside the first network";
 
 function showLayers() {
   const { values } = compute();
@@ -170,24 +171,24 @@ const logOdds = (logits, k) => {
 
 // The weights of a linear model are drawn behind the digit; otherwise blocks of pixels are erased one at a time.
 function* evidence(k) {
-  const { image, values } = compute(), result = new Float32Array(width * height);
+  const { image } = compute(), result = new Float32Array(width * height);
   if (page.weights) {
     const weights = decode(page.weights).subarray(k * image.length, (k + 1) * image.length);
     for (let i = 0; i < image.length; i++) result[Math.floor(i / channels)] += weights[i] * (0.25 + image[i] / 255);
     yield result;
     return;
   }
-  const all = logOdds(values[values.length - 1].data, k), side = Math.max(2, Math.round(width / 14));
+  const odds = (pixels) => members.reduce((sum, nodes) => sum + logOdds(run(nodes, pixels).pop().data, k), 0) / members.length;
+  const all = odds(image), side = Math.max(2, Math.round(width / 14)), paper = channels === 3 ? 255 : 0;
   for (let top = 0; top < height; top += side) {
     for (let left = 0; left < width; left += side) {
       const erased = image.slice(), places = [];
       for (let y = top; y < Math.min(height, top + side); y++) {
         for (let x = left; x < Math.min(width, left + side); x++) places.push(y * width + x);
       }
-      const ink = places.some((place) => image.subarray(place * channels, (place + 1) * channels).some(Boolean));
-      if (!ink) continue;
-      for (const place of places) erased.fill(0, place * channels, (place + 1) * channels);
-      const nodes = run(members[0], erased), change = all - logOdds(nodes[nodes.length - 1].data, k);
+      for (const place of places) erased.fill(paper, place * channels, (place + 1) * channels);
+      if (erased.every((value, i) => value === image[i])) continue;
+      const change = all - odds(erased);
       for (const place of places) result[place] = change;
       yield result;
     }
@@ -286,13 +287,17 @@ pad.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-function undo() {
+function lift() {
+  pointer = null;
   cursor.down = false;
+}
+function undo() {
+  lift();
   if (picture) picture = null; else strokes.pop();
   changed();
 }
 function clear() {
-  cursor.down = false;
+  lift();
   strokes = []; picture = null;
   delete element("class").dataset.chosen;
   changed();
@@ -308,20 +313,30 @@ dark.addEventListener("change", () => { show(); explain(); });
 
 // --- Image files ---------------------------------------------------------------------------------------------------
 
+const refuse = (message) => { element("prediction").textContent = message; };
+
 async function open(file) {
   if (!file || !file.type.startsWith("image/")) return;
-  const bitmap = await createImageBitmap(file), scale = SIDE / Math.max(bitmap.width, bitmap.height);
+  const bitmap = await createImageBitmap(file).catch(() => null);
+  if (!bitmap) return refuse(`${file.name} cannot be read: save it as PNG or JPEG`);
+  const scale = SIDE / Math.max(bitmap.width, bitmap.height);
   const [w, h] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
   const shown = canvas(w, h), context = shown.getContext("2d", { willReadFrequently: true });
   context.fillStyle = "#fff";
   context.fillRect(0, 0, w, h);
   context.drawImage(bitmap, 0, 0, w, h);
+  const ink = separate(context.getImageData(0, 0, w, h).data, w, h);
+  if (!ink && channels === 1) return refuse(`${file.name} is blank`);
+  lift();
   strokes = [];
-  picture = { ...separate(context.getImageData(0, 0, w, h).data, w, h), canvas: shown };
+  picture = { ...ink, canvas: shown };
   changed();
 }
 
-element("file").addEventListener("change", (event) => open(event.target.files[0]));
+element("file").addEventListener("change", (event) => {
+  open(event.target.files[0]);
+  event.target.value = ""; // so that the same file can be opened again
+});
 addEventListener("paste", (event) => open([...event.clipboardData.files][0]));
 for (const name of ["dragover", "dragleave", "drop"]) {
   addEventListener(name, (event) => {

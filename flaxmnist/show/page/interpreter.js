@@ -57,6 +57,8 @@ const BINARY = {
   lt: (x, y) => x < y, le: (x, y) => x <= y,
 };
 
+const TYPES = { bool: (x) => x !== 0 }; // to all others but those with a point, numbers are truncated
+
 const REDUCTIONS = {
   reduce_sum: [0, (x, y) => x + y], reduce_max: [-Infinity, Math.max], reduce_min: [Infinity, Math.min],
 };
@@ -182,7 +184,7 @@ function apply({ name, shape, options }, inputs) {
   if (name in REDUCTIONS) return reduce(x, shape, options.axes, REDUCTIONS[name]);
   switch (name) {
     case "reshape": case "squeeze": case "expand_dims": return { shape, data: x.data };
-    case "convert_element_type": return { shape, data: options.dtype.startsWith("float") ? x.data : x.data.map(Math.trunc) };
+    case "convert_element_type": return { shape, data: options.dtype.includes("float") ? x.data : x.data.map(TYPES[options.dtype] || Math.trunc) };
     case "integer_pow": return { shape, data: x.data.map((value) => value ** options.power) };
     case "select_n": {
       const [condition, no, yes] = [x, y, z].map((array) => broadcast(array, shape).data);

@@ -3,13 +3,14 @@ for (const table of document.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
   heads.forEach((head, column) => head.firstElementChild.addEventListener("click", () => {
     const value = (row) => row.cells[column].textContent, number = (row) => Number(value(row).replaceAll(",", ""));
-    const numeric = [...body.rows].every((row) => !Number.isNaN(number(row)));
+    const filled = [...body.rows].filter(value), blank = [...body.rows].filter((row) => !value(row));
+    const numeric = filled.every((row) => !Number.isNaN(number(row)));
     const before = head.getAttribute("aria-sort");
     const order = (before || (numeric ? "ascending" : "descending")) === "ascending" ? "descending" : "ascending";
-    const rows = [...body.rows].sort((a, b) => (numeric ? number(a) - number(b) : value(a).localeCompare(value(b))));
+    const rows = filled.sort((a, b) => (numeric ? number(a) - number(b) : value(a).localeCompare(value(b))));
     heads.forEach((other) => other.removeAttribute("aria-sort"));
     head.setAttribute("aria-sort", order);
-    body.append(...(order === "ascending" ? rows : rows.reverse()));
+    body.append(...(order === "ascending" ? rows : rows.reverse()), ...blank);
   }));
 }
 
@@ -42,7 +43,7 @@ function extent(values) {
 
 function chart(figure) {
   const { x: xTitle, panels } = JSON.parse(figure.querySelector("script").textContent);
-  for (const line of panels.flatMap((panel) => panel.lines)) if (line.colour === "#000000") line.colour = "var(--ink)";
+  for (const line of panels.flatMap((panel) => [...panel.lines, ...panel.bands])) if (line.colour === "#000000") line.colour = "var(--ink)";
   const lines = panels.flatMap((panel) => panel.lines), places = [...new Set(lines.flatMap((line) => line.x))];
   const height = panels.length * (HEIGHT + TOP) + BOTTOM, whole = extent(places);
   const image = figure.querySelector("img");
@@ -61,7 +62,7 @@ function chart(figure) {
     root.replaceChildren();
     panels.forEach((panel, number) => {
       const top = TOP + number * (HEIGHT + TOP), scale = panel.log ? Math.log10 : (value) => value;
-      const seen = panel.lines.flatMap(({ x, y }) => y.filter((_, i) => x[i] >= low && x[i] <= high && (!panel.log || y[i] > 0)));
+      const seen = [...panel.lines, ...panel.bands].flatMap(({ x, y }) => y.filter((_, i) => x[i] >= low && x[i] <= high && (!panel.log || y[i] > 0)));
       let [bottom, best] = extent(seen.filter((value) => value !== null).map(scale));
       [bottom, best] = [bottom - 0.04 * (best - bottom), best + 0.04 * (best - bottom)];
       const toY = (value) => top + HEIGHT - ((scale(value) - bottom) / (best - bottom)) * HEIGHT;
@@ -80,10 +81,14 @@ function chart(figure) {
       }
       const middle = top + HEIGHT / 2;
       svg(root, "text", { x: 12, y: middle, transform: `rotate(-90 12 ${middle})`, "text-anchor": "middle" }, panel.y);
-      for (const { x, y, colour, dashed } of panel.lines) {
+      for (const { x, y, colour } of panel.bands) {
+        const points = x.map((value, i) => `${toX(value).toFixed(1)},${toY(y[i]).toFixed(1)}`).join(" ");
+        svg(box, "polygon", { points, fill: colour, opacity: 0.2 });
+      }
+      for (const { x, y, colour, dashes } of panel.lines) {
         const points = x.map((value, i) => [value, y[i]]).filter(([, value]) => value !== null && (!panel.log || value > 0));
         const path = points.map(([a, b]) => `${toX(a).toFixed(1)},${toY(b).toFixed(1)}`).join(" ");
-        svg(box, "polyline", { points: path, stroke: colour, ...(dashed && { "stroke-dasharray": "5 3" }) });
+        svg(box, "polyline", { points: path, stroke: colour, "stroke-dasharray": dashes });
         const near = points.filter(([a]) => a >= low && a <= high);
         if (near.length <= 40) near.forEach(([a, b]) => svg(box, "circle", { cx: toX(a), cy: toY(b), r: 2.5, fill: colour }));
       }
@@ -97,11 +102,11 @@ function chart(figure) {
   // List the values at a place, or the names of the curves.
   function describe(place) {
     values.replaceChildren();
-    panels.forEach((panel) => panel.lines.forEach(({ name, x, y, colour, dashed }) => {
+    panels.forEach((panel) => panel.lines.forEach(({ name, x, y, colour, dashes }) => {
       const index = place === null ? -1 : x.indexOf(place), item = document.createElement("span");
       if (place !== null ? index < 0 : !name || panel !== panels[0]) return;
       item.style.setProperty("--colour", colour);
-      item.classList.toggle("dashed", dashed);
+      item.classList.toggle("dashed", dashes !== "");
       item.textContent = place === null ? name : `${name} ${panel.y} ${short(y[index])}`.trim();
       values.append(item);
     }));
@@ -124,12 +129,15 @@ function chart(figure) {
     describe(nearest);
   });
   root.addEventListener("pointerleave", () => { if (start === null) { pointer.setAttribute("x", -9); describe(null); } });
-  root.addEventListener("pointerdown", (event) => { start = inside(event); });
+  root.addEventListener("pointerdown", (event) => { if (event.button === 0) start = inside(event); });
+  addEventListener("pointercancel", () => { start = null; });
   addEventListener("pointerup", (event) => {
     if (start === null) return;
     const [first, last] = [start, inside(event)].sort((a, b) => a - b).map(fromX);
     start = null;
-    if (toX(last) - toX(first) > 8) { [low, high] = [first, last]; show(); }
+    const some = places.some((place) => place >= first && place <= last);
+    if (some && toX(last) - toX(first) > 8) [low, high] = [first, last];
+    show();
   });
   root.addEventListener("dblclick", () => { [low, high] = whole; show(); });
   show();
