@@ -350,7 +350,7 @@ class Train:
     epochs: Count | None = None  # length in passes over the training images (set this or steps)
     log_every: Count = 100  # steps between training records
     evaluate_every: Count | None = None  # steps between evaluations on the validation images; None: only at the end
-    checkpoint_every: Count | None = None  # steps between checkpoints; None: only at the end
+    checkpoint_every: Count | None = None  # steps between checkpoints; None: one every minute, and at the end
     keep: Count = 2  # number of latest checkpoints to keep, besides the best
     report: Literal["loss", "epoch_cost", "batch_loss", "batch_accuracy", "probabilities"] = "loss"  # console lines
     start_from: str | None = None  # run folder whose weights to start from; None: the model's initial values

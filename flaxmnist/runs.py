@@ -111,6 +111,8 @@ def fit(
     with clock("data"):
         step_arrays = program.step_arrays(arrays, config, data)
     check(config, data, step, step_arrays, mesh, backend)
+    if profile_at is not None and not 0 <= profile_at < config.train.length:
+        raise UserError(f"--profile-at must be in [0, {config.train.length - 1}], but is {profile_at}")
     load = functools.cache(partial(load_initial, config, data, initial))
     if not resume:
         load()  # raises UserError before anything is written
@@ -161,7 +163,7 @@ def train(
         return state
     trace_at = step if profile_at is None else profile_at
     if profile is not None:
-        make_trace_folder(Path(profile), trace_at, length)
+        make_trace_folder(Path(profile))
         if trace_at < step:
             logger.info("no trace: the run resumes at step %d, after --profile-at", step)
     compiled = compile_training(session, state)
@@ -178,11 +180,11 @@ def train(
             write_trace(compiled, state, Path(profile))
         until = next_due(step, length, config.evaluate_every, config.checkpoint_every, report_every, at=trace_at)
         with clock("train"):
-            state, step, stopping = advance(
-                compiled, state, step, until, pace=pace, report=report, stop=session.stop, pause=folder.is_retry_due
+            state, step, stopping, pausing = advance(
+                compiled, state, step, until, pace=pace, report=report, stop=session.stop, pause=folder.is_save_due
             )
         evaluates = is_due(step, length, config.evaluate_every)
-        saves = stopping or is_due(step, length, config.checkpoint_every) or folder.is_retry_due()
+        saves = stopping or pausing or is_due(step, length, config.checkpoint_every)
         if evaluates or saves:
             with clock("evaluate"):
                 state = program.with_batch_statistics(session.info.config, state, session.data.train)
@@ -247,10 +249,8 @@ def compile_training(session: Session, state: TrainState) -> Program:
     return compiled
 
 
-def make_trace_folder(folder: Path, at: int, length: int) -> None:
-    """Make the ``folder`` for a trace from step ``at`` on. Raise UserError if there can be no trace."""
-    if not 0 <= at < length:
-        raise UserError(f"--profile-at must be in [0, {length - 1}], but is {at}")
+def make_trace_folder(folder: Path) -> None:
+    """Make the ``folder`` for a trace. Raise UserError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -36,7 +36,7 @@ class Counter:
 
 def test_each_chunk_is_reported_while_the_next_one_computes():
     program = Counter(capacity=10)
-    assert program.advance(25, step=3) == (25, 25, False)
+    assert program.advance(25, step=3) == (25, 25, False, False)
     assert program.events == [
         ("train", 3, 10),
         ("train", 13, 10),
@@ -49,14 +49,14 @@ def test_each_chunk_is_reported_while_the_next_one_computes():
 
 def test_nothing_is_trained_or_reported_at_the_end():
     program = Counter()
-    assert program.advance(7, step=7) == (7, 7, False)
+    assert program.advance(7, step=7) == (7, 7, False, False)
     assert program.events == []
 
 
 def test_a_stop_takes_effect_after_the_current_chunk():
     program, stop = Counter(), threading.Event()
     stop.set()
-    assert program.advance(25, stop=stop) == (10, 10, True)
+    assert program.advance(25, stop=stop) == (10, 10, True, False)
     assert program.events == [("train", 0, 10), ("report", 0, 10)]
 
 
@@ -64,14 +64,14 @@ def test_a_stop_during_a_report_comes_after_the_chunk_that_computes_then():
     program, stop = Counter(), threading.Event()
     report = program.report
     program.report = lambda *arguments: report(*arguments) or stop.set()
-    assert program.advance(100, stop=stop) == (20, 20, True)
+    assert program.advance(100, stop=stop) == (20, 20, True, False)
     assert program.events[-2:] == [("report", 0, 10), ("report", 10, 10)], "every chunk is reported"
 
 
 def test_a_stop_in_the_last_chunk_is_reported():
     program, stop = Counter(), threading.Event()
     stop.set()
-    assert program.advance(10, stop=stop) == (10, 10, True)
+    assert program.advance(10, stop=stop) == (10, 10, True, False)
 
 
 @pytest.mark.parametrize("pauses", [0, 1, 2, 5])
@@ -80,7 +80,7 @@ def test_a_pause_ends_it_after_a_chunk_but_does_not_stop_the_run(pauses):
     program = Counter()
     answers = iter([False] * pauses + [True] * 9)
     step = 10 * (pauses + 1)
-    assert program.advance(100, pause=lambda: next(answers)) == (step, step, False)
+    assert program.advance(100, pause=lambda: next(answers)) == (step, step, False, True)
     assert program.counts() == [10] * (pauses + 1)
     assert [event for event, *_ in program.events].count("report") == pauses + 1
 

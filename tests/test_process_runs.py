@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +96,24 @@ def test_several_processes_train_as_one(processes, devices, experiment, digits, 
 
 
 @pytest.mark.slow
+def test_processes_save_together_though_their_clocks_differ(experiment, tmp_path):
+    """Only process 1 wants to save, after each step."""
+    text = SMALL.replace(", checkpoint_every=20", ", keep=60")
+    experiment.write_text(f"""{text}
+import sys
+from flaxmnist.loop import advance
+from flaxmnist.store import run_folder
+advance.CHUNK_SECONDS = 0.0
+if sys.argv[sys.argv.index("--process-id") + 1] == "1":
+    run_folder.SAVE_SECONDS = 0.0
+""")
+    completed = run_local(2, experiment, "--workdir", tmp_path / "run")
+    assert completed.returncode == 0, completed.stderr
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 60
+    assert fm.load_run(tmp_path / "run", 31).step == 31
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "last"), [(8, 1), (1, 8)])
 def test_a_run_resumes_on_other_devices_and_processes(first, last, experiment, digits, tmp_path):
     """From one process to two with two devices each, and back to one process."""
@@ -186,7 +203,7 @@ def test_a_failure_to_save_ends_all(experiment, tmp_path):
     """Without further attempts: the others would wait for the process that cannot save."""
     with start_processes(2, experiment, "--workdir", tmp_path / "run", "--heartbeat", "3", *LONG) as run:
         wait_for_step(run[0], 250)
-        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").rename(tmp_path / "moved")
         stderrs = [process.communicate(timeout=60)[1] for process in run]
     first, second = (process.returncode for process in run)
     assert first == 2, stderrs

@@ -64,7 +64,7 @@ def test_a_single_process_joins_nothing(packages, monkeypatch):
     with processes.join_processes():
         assert sys.stdout is stdout
         assert processes.is_first_process()
-        assert processes.agree(True, 2.5) == (True, 2.5)
+        assert processes.agree(True, False, 2.5) == (True, False, 2.5)
         assert processes.on_first_process(lambda: (1, "value")) == (1, "value")
 
 

@@ -17,6 +17,7 @@ from conftest import assert_same, fit_on_one, small
 import flaxmnist as fm
 from flaxmnist.config import MLPConfig
 from flaxmnist.errors import UserError
+from flaxmnist.loop import advance
 from flaxmnist.store import rescue, run_folder
 from flaxmnist.sweeps.plan import Experiment
 from flaxmnist.sweeps.runner import run_sweep
@@ -118,6 +119,16 @@ def test_folder_becomes_read_only(few, tmp_path, caplog):
             fit_on_one(CONFIG, few, folder, resume=True)
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize(("every", "saved"), [(None, list(range(1, 21))), (5, [5, 10, 15, 20])])
+def test_a_run_saves_as_time_goes_by_unless_a_number_of_steps_is_given(every, saved, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(advance, "CHUNK_SECONDS", 0.0)  # one step at a time
+    config, steps = fm.replace(CONFIG, "train.checkpoint_every", every), []
+    run = fit_on_one(config, few, tmp_path / "run", on_checkpoint=lambda state: steps.append(int(state.step)))
+    assert steps == saved
+    assert_same(run.state, fit_on_one(config, few).state)
 
 
 def test_folder_is_removed_during_a_run(few, tmp_path):

@@ -48,6 +48,8 @@ def evaluate(arguments: Arguments) -> None:
     elif arguments.workdir.suffix in exports.EXTRAS:
         evaluation = exports.evaluate(arguments.workdir, **options)
         report = text.class_report(evaluation)
+    elif arguments.workdir.is_file():
+        raise UserError(f"{arguments.workdir} is not a model: pass a folder or model{', model'.join(exports.EXTRAS)}")
     else:
         evaluation = evaluate_run(arguments.workdir, arguments.step, **options)
         report = text.class_report(evaluation)

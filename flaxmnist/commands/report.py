@@ -16,7 +16,7 @@ from flaxmnist.show import reports
 class Arguments:
     workdirs: tyro.conf.Positional[tuple[Path, ...]]  # folder of a run or sweep, or folders of runs to compare
     out: Path | None = None  # output folder; default: that of the run or sweep, or the common parent of several
-    watch: float | None = None  # seconds after which to write it again, until training ends; it then reloads itself
+    watch: float | None = None  # seconds after which to write it again, until there is a result; it reloads itself
     data_dir: Path | None = None  # folder of the data sets; default: $TFDS_DATA_DIR, then ~/tensorflow_datasets
     experiment: Path | None = None  # experiment file, if its model is not built in
 

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 
 from flaxmnist.errors import UserError
 
-ALTERNATIVE = "or use --data.name digits, which needs no files"
+ALTERNATIVE = "or train on the data set digits, which needs no files: --data.name digits, or the experiment quickstart"
 MAX_BYTES = 1 << 32  # largest number of values to read, so that a wrong header cannot exhaust the memory
 MAX_DEFLATE_RATIO = 1032  # largest possible ratio of uncompressed to gzipped size (zlib's documentation)
 

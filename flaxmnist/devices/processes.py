@@ -212,12 +212,12 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def agree(stop: bool, rate: float) -> tuple[bool, float]:
-    """Return in all processes the same: True if any of them is to ``stop``, and the ``rate`` of process 0."""
+def agree(stop: bool, pause: bool, rate: float) -> tuple[bool, bool, float]:
+    """Return in all processes the same: if any is to ``stop``, or to ``pause``, and the ``rate`` of process 0."""
     if jax.process_count() == 1:
-        return stop, rate
-    gathered = np.asarray(multihost_utils.process_allgather(np.array([stop, rate], np.float32)))
-    return bool(gathered[:, 0].any()), float(gathered[0, 1])
+        return stop, pause, rate
+    gathered = np.asarray(multihost_utils.process_allgather(np.array([stop, pause, rate], np.float32)))
+    return bool(gathered[:, 0].any()), bool(gathered[:, 1].any()), float(gathered[0, 2])
 
 
 def on_first_process(function: Callable[[], Value]) -> Value:

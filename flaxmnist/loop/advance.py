@@ -38,6 +38,7 @@ class Advanced(NamedTuple):
     state: TrainState
     step: int
     stopping: bool  # True if any process of the run was told to stop
+    pausing: bool  # True if any of them asked for a pause
 
 
 def advance(
@@ -55,8 +56,8 @@ def advance(
 
     ``state`` is donated. ``report(start, count, metrics)`` is called for each chunk, in order, before this returns.
     """
-    unreported, stopping = None, False
-    while step < until and not stopping and not (unreported and pause()):
+    unreported, stopping, pausing = None, False, False
+    while step < until and not stopping and not pausing:
         count = max(1, int(min(until - step, program.capacity, pace.steps_per_second * CHUNK_SECONDS)))
         start_time = time.perf_counter()
         state, metrics = program(state, step, count)
@@ -65,8 +66,8 @@ def advance(
             pace.steps_per_second = unreported[1] / (time.perf_counter() - start_time)
         unreported = step, count, metrics
         step += count
-        # Agree after each chunk, so that all processes stop at the same step.
-        stopping, pace.steps_per_second = processes.agree(stop.is_set(), pace.steps_per_second)
+        # Agree after each chunk, so that all processes stop or pause at the same step.
+        stopping, pausing, pace.steps_per_second = processes.agree(stop.is_set(), pause(), pace.steps_per_second)
     if unreported is not None:
         report(*unreported)
-    return Advanced(state, step, stopping)
+    return Advanced(state, step, stopping, pausing)

@@ -63,7 +63,7 @@ class Trainer:
     def run(self, count: int) -> None:
         """Train for ``count`` more steps, and wait for them."""
         options = {"pace": Pace(math.inf), "report": lambda *_: None, "stop": threading.Event()}
-        self.state, self.step, _ = advance(self.compiled, self.state, self.step, self.step + count, **options)
+        self.state, self.step, *_ = advance(self.compiled, self.state, self.step, self.step + count, **options)
         jax.block_until_ready(self.state)
 
 

@@ -36,7 +36,7 @@ class Layout:
 COMMON = {"lock", "result.json", "plots", "report.html"}
 RUN_CONTENTS = COMMON | {"config.json", "metrics.jsonl", "checkpoints", "tensorboard", "export"}
 RUN = Layout("a run folder", "config.json", RUN_CONTENTS)
-SWEEP_CONTENTS = COMMON | {"sweep.json", "parts", "curves.npz", "unfinished.npz"}
+SWEEP_CONTENTS = COMMON | {"sweep.json", "parts", "curves.npz", "unfinished.npz", "export"}
 SWEEP = Layout("the folder of a sweep", "sweep.json", SWEEP_CONTENTS)
 
 
@@ -104,6 +104,8 @@ def claim_run(
     if saved is None:
         if manifest.steps(checkpoints):
             logger.warning("%s has no intact checkpoint: the run starts from scratch", folder)
+        else:
+            logger.info("%s has no checkpoint yet: the run starts at step 0", folder)
         return False, None
     if saved.step > run.config.train.length:
         raise UserError(f"{folder} already has {saved.step} steps: train.steps must be at least {saved.step}")

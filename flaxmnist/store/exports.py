@@ -205,8 +205,8 @@ def load_model(file: Path, content: bytes, info: ExportInfo, config: Config | No
         weights = load(content)
     except Exception as error:  # safetensors raises several types
         raise UserError(f"{file} is not a safetensors file: {one_line(error)}") from None
+    trained = read_config(file, info.config, Config, classes_of(config))
     try:
-        trained = read_config(file, info.config, Config, classes_of(config))
         return models.with_weights(trained, info.data.shape, info.data.classes, weights)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None

@@ -34,6 +34,9 @@ from flaxmnist.store.result import Result
 if TYPE_CHECKING:  # importing Orbax takes a third of a second, which a run without a folder can save
     from flaxmnist.store.checkpoints import Checkpoints
 
+# Seconds of training between checkpoints, unless the config gives a number of steps; so much may be lost.
+SAVE_SECONDS = 60.0
+
 # Seconds of training between a failed save and the next attempt.
 RETRY_SECONDS = 30.0
 
@@ -82,8 +85,8 @@ class NoFolder:
     def save(self, state: TrainState) -> None:
         """Save a checkpoint, with the records up to it, in the background. Raise Diverged if it is not finite."""
 
-    def is_retry_due(self) -> bool:
-        """Return True if saving has failed and should be tried again now."""
+    def is_save_due(self) -> bool:
+        """Return True if a checkpoint should be saved now: the last one is old, or saving it has failed."""
         return False
 
     def flush(self, state: TrainState) -> None:
@@ -109,6 +112,7 @@ class RunFolder(NoFolder):
         self.path, self.lock, self.run, self.finished, self.clock = path, lock, run, finished, clock
         self.checkpoints = Checkpoints(path / "checkpoints", run.config.train.keep, step)
         self.retry_at: float | None = None  # time of the next attempt to save; None if the last save succeeded
+        self.saved_at = time.monotonic()
         self.events: tensorboard.EventWriter | None = None  # in the first process
 
     def begin(self, like: TrainState) -> TrainState | None:
@@ -152,12 +156,14 @@ class RunFolder(NoFolder):
     def save(self, state: TrainState) -> None:
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params)):
             raise Diverged(f"the weights after step {int(state.step)} are not finite")
-        if self.retry_at is None or self.is_retry_due():
-            self.retry_at = None
+        if self.retry_at is None or self.is_save_due():
+            self.retry_at, self.saved_at = None, time.monotonic()
             self.attempt(partial(self.save_to, self.checkpoints, state))
 
-    def is_retry_due(self) -> bool:
-        return self.retry_at is not None and time.monotonic() > self.retry_at
+    def is_save_due(self) -> bool:
+        if self.retry_at is not None:
+            return time.monotonic() > self.retry_at
+        return self.run.config.train.checkpoint_every is None and time.monotonic() > self.saved_at + SAVE_SECONDS
 
     def flush(self, state: TrainState) -> None:
         def save() -> None:

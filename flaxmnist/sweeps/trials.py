@@ -82,11 +82,11 @@ class Trials:
         while self.step < length:
             until, start_time = next_due(self.step, length, evaluate_every), time.perf_counter()
             options = {"pace": pace, "report": report, "stop": stop, "pause": save_due}
-            self.state, self.step, stopping = advance(self, self.state, self.step, until, **options)
+            self.state, self.step, stopping, pausing = advance(self, self.state, self.step, until, **options)
             self.seconds += time.perf_counter() - start_time
             if is_due(self.step, length, evaluate_every):
                 self.validate()
-            if stopping or save_due():
+            if stopping or pausing:
                 save()
             if stopping:
                 raise Stopped("stopped; --resume continues")
