@@ -207,7 +207,8 @@ def test_a_failure_to_save_ends_all(experiment, tmp_path):
         stderrs = [process.communicate(timeout=60)[1] for process in run]
     first, second = (process.returncode for process in run)
     assert first == 2, stderrs
-    assert f"cannot save to {tmp_path / 'run'}: {tmp_path / 'run'} was removed or replaced" in stderrs[0]
+    # Either it finds that the folder is another one, or a write that had begun fails.
+    assert f"cannot save to {tmp_path / 'run'}: " in stderrs[0]
     assert "retrying" not in stderrs[0]
     # The second process may try to save its own part before it notices that the first is gone.
     message = {75: "process 0 of the run was lost", 2: f"cannot save to {tmp_path / 'run'}: No such file or directory"}
