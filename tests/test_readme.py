@@ -81,7 +81,6 @@ def test_python_snippets_run_one_after_another():
 @pytest.mark.parametrize(
     ("file", "title", "count", "runs"),
     [
-        ("README.md", "Start", 1, 1),
         ("README.md", "Experiments", 2, 1),
         ("launch/README.md", "One run", 11, 3),
         ("launch/README.md", "Pictures and reports", 6, 3),
