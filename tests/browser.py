@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def evaluate_in_real_time(page: Path, script: str) -> Any:
     answers = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 5  # seconds: a browser may open a connection that it does not use
+
         def do_POST(self) -> None:
             answers.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(204)
@@ -72,7 +75,9 @@ def evaluate_in_real_time(page: Path, script: str) -> Any:
         kept_open = "--headless", "--no-sandbox", "--remote-debugging-port=0", f"--user-data-dir={profile}"
         command = [CHROMIUM, *kept_open, copy.as_uri()]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as browser:
-            server.handle_request()
+            deadline = time.monotonic() + server.timeout
+            while not answers and time.monotonic() < deadline:
+                server.handle_request()
             browser.kill()
     assert answers, "the page sent no result within 5 minutes"
     return answers[0]
