@@ -68,7 +68,9 @@ def evaluate_in_real_time(page: Path, script: str) -> Any:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server, tempfile.TemporaryDirectory() as profile:
+    # The browser's other processes may still write to its profile.
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server, folder as profile:
         server.timeout = 300
         send = f'fetch("http://127.0.0.1:{server.server_port}", {{ method: "POST", mode: "no-cors", body }})'
         copy = with_script(page, f"const body = JSON.stringify(await (async () => {{ {script} }})()); await {send};")
