@@ -183,5 +183,5 @@ def test_sweep_on_a_full_disk(few, tmp_path, caplog):
             shutil.move(part, disk / "sweep/parts")
         caplog.set_level("INFO", logger="flaxmnist")
         resumed = sweep(resume=True)
-        assert "resuming: 4 trials are finished" in caplog.text
+        assert "resuming: finished trials: 4" in caplog.text
         assert [trial.seed for trial in resumed.members] == [0, 1, 0, 1]

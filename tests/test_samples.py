@@ -124,7 +124,7 @@ def test_stopped_sweep_resumes_to_the_same_results(copy, digits, caplog):
     caplog.set_level("INFO", logger="flaxmnist")
     folder = copy("sweep_stopped")
     sweep = resume_sweep(folder, digits)
-    assert "resuming: 1 trials are finished" in caplog.text and "resuming 1 unfinished trials" in caplog.text
+    assert "finished trials: 1" in caplog.text and "unfinished trials: 1" in caplog.text
     hashes = {"params_sha256": ANY}  # of the bytes of rounded numbers
     expected = [member | hashes for member in result("sweep_finished")["members"]]
     assert_close(result(folder.name, folder.parent)["members"], expected)

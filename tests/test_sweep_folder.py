@@ -98,7 +98,7 @@ def test_unfinished_trials_resume_from_their_last_step(exact, few, tmp_path, cap
         assert validation.evaluations == evaluations
         assert resumed.members == full.members
         assert_same(resumed.curves, full.curves)
-        message = "is damaged" if folder == "damaged" else f"resuming {1 if exact else 3} unfinished trials"
+        message = "is damaged" if folder == "damaged" else f"unfinished trials: {1 if exact else 3}, at step 6"
         assert message in caplog.text
     assert not (tmp_path / "stopped/unfinished.npz").exists()
 

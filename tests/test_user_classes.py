@@ -213,15 +213,20 @@ def test_a_sweep_trains_the_runs_of_its_seeds(name, few):
 
 @pytest.mark.slow
 def test_losses_with_batch_normalisation_do_not_depend_on_devices(digits):
-    """An epoch of 26 batches, of which the last is short, on shards that are not equal."""
+    """An epoch of 26 batches, of which the last is short, on shards that are not equal.
+
+    The learning rate is low: otherwise, training amplifies the errors of rounding, from 1e-7 to 1e-3.
+    """
     config = fm.load_experiment(ROOT / "experiments/resnet.py")
-    config = replace(config, train=replace(config.train, log_every=1, evaluate_every=None))
+    config = fm.replace(config, "optimizer.learning_rate", 5e-4)
+    config = replace(config, train=replace(config.train, epochs=1, log_every=1, evaluate_every=None))
     losses = {}
     for devices in (1, 2, 8):
         history = fm.fit(config, digits, devices=devices).history
-        losses[devices] = [record["loss"] for record in history if record["split"] == "train"][:26]
-    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
-    np.testing.assert_allclose(losses[8], losses[1], rtol=1e-4)
+        losses[devices] = [record["loss"] for record in history if record["split"] == "train"]
+    assert len(losses[1]) == 26
+    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-5)
+    np.testing.assert_allclose(losses[8], losses[1], rtol=1e-5)
 
 
 @pytest.mark.slow

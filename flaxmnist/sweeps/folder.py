@@ -83,7 +83,7 @@ class SweepFolder:
                 logger.warning("%s: its trials will be trained again", error)
                 file.rename(file.with_suffix(".damaged"))
         if self.results:
-            logger.info("resuming: %d trials are finished", len(self.results))
+            logger.info("resuming: finished trials: %d", len(self.results))
 
     def load_part(self, file: Path) -> None:
         with damage_as_user_error(file):

@@ -185,4 +185,4 @@ class Trials:
             self.validation = progress.get("validation", self.validation)  # not in old files
             restored = [jax.device_put(array, leaf.sharding) for array, leaf in zip(saved, leaves, strict=True)]
             self.state = jax.tree.unflatten(tree, restored)
-            logger.info("resuming %d unfinished trials", len(self.trials))
+            logger.info("resuming: unfinished trials: %d, at step %d", len(self.trials), self.step)
