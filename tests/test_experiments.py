@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, small
+from conftest import ROOT, slow, small
 from jax import export
 
 import flaxmnist as fm
@@ -19,7 +19,7 @@ from flaxmnist.data import order
 from flaxmnist.devices import evaluation
 
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
-LARGE = {"cnn_experts", "cnn_layers", "flagship", "record", "resnet", "tiny"}
+LARGE = {"cnn_experts", "cnn_layers", "distilled", "flagship", "record", "resnet", "tiny"}
 LARGE |= {"speedrun", "speedrun_994", "speedrun_995"}
 
 
@@ -49,9 +49,7 @@ def test_training_and_prediction_lower_for_every_platform(name, digits):
         assert exported.platforms == ("cpu", "cuda", "tpu")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in NAMES]
-)
+@pytest.mark.parametrize("name", [slow(name) if name in {*LARGE, "quickstart"} else name for name in NAMES])
 def test_every_experiment_trains_a_step_and_predicts(name, few):
     experiment = fm.load_experiment(ROOT / f"experiments/{name}.py")
     run = fm.fit(replace(experiment, train=replace(experiment.train, steps=1, epochs=None)), few, devices=1)

@@ -80,6 +80,7 @@ def test_a_resumed_run_with_a_step_is_bitwise_identical(few, fit_until, tmp_path
     assert_same(fit_on_one(config, few, tmp_path, resume=True, **OWN).state, full.state)
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_the_runs_of_its_seeds(few):
     config = small(steps=8)
     sweep = fm.sweep(config, few, seeds=2, exact=True, devices=1, **OWN)
@@ -123,7 +124,7 @@ def test_distillation_of_a_committee(few, tmp_path, monkeypatch):
     """The targets are the probabilities of the members in turn, for the images of the step."""
     config = small("mlp", data=Data(name="digits", augment=Augment(shift=2.0)), steps=2)
     run_sweep([Experiment(config, few)], [0, 1], [{}], devices=1, workdir=tmp_path)
-    functions = read_experiment(EXAMPLES / "committee.py").options
+    functions = read_experiment(ROOT / "experiments/distilled.py").options
     monkeypatch.setitem(functions["arrays"].__globals__, "COMMITTEE", tmp_path)
     records = train_records(fit_on_one(config, few, **functions))
     before_step = [
