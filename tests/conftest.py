@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from flaxmnist.config import SGD, CNNConfig, Config, Data, MLPConfig, SoftmaxConfig, Train
+from flaxmnist.console import logger
 from flaxmnist.data.sets import Dataset, Split, load_data
 from flaxmnist.devices import evaluation, program
 from flaxmnist.devices.evaluation import Evaluation
@@ -41,6 +42,15 @@ MODELS = {
     "mlp": MLPConfig(hidden=(32,)),
     "cnn": CNNConfig(features=(4, 8), kernel=(3,), dense=16),
 }
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Commands that a test calls change where messages go."""
+    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ def test_larger_is_better_for_the_goodness():
     assert (goodness("loss", scores), goodness("accuracy", scores)) == (-0.25, 0.75)
 
 
+@pytest.mark.slow
 def test_a_new_metric_reaches_records_results_pages_and_the_choice_of_the_best(few, tmp_path, monkeypatch, capsys):
     """The new one prefers the first checkpoints, because it grows with the loss."""
     monkeypatch.setitem(METRICS, "doubt", Metric(lambda logits, labels: 2 * metrics.cross_entropy(logits, labels)))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import small
+from conftest import fit_on_one, small
 from flax import nnx
 
 import flaxmnist as fm
@@ -18,7 +18,7 @@ from flaxmnist.show import canvas, charts, plots
 @pytest.fixture(scope="module")
 def run(few):
     """Three epochs of softmax regression with five batches each, evaluated every three steps."""
-    return fm.fit(small(steps=15, evaluate_every=3), few)
+    return fit_on_one(small(steps=15, evaluate_every=3), few)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from conftest import main, small
+from conftest import fit_on_one, main, small
 from PIL import Image, ImageDraw, ImageFont
 from scipy.interpolate import make_interp_spline
 
@@ -86,7 +86,7 @@ def test_good_models_read_drawn_and_printed_digits(name, steps, least, tmp_path)
 
 
 def test_predict_shows_the_images(digits, few, tmp_path, capsys):
-    fm.fit(small(), few, tmp_path / "run")
+    fit_on_one(small(), few, tmp_path / "run")
     (tmp_path / "own").mkdir()
     for name in ("b", "a"):
         draw_digit(7, 20, 0.0).save(tmp_path / f"own/{name}.png")

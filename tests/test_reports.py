@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from browser import browse, evaluate, needs_browser
-from conftest import main, small
+from conftest import fit_on_one, main, small
 from PIL import Image
 
 import flaxmnist as fm
@@ -31,8 +31,8 @@ PICTURES = [
 def runs(digits, tmp_path_factory):
     """A folder with a softmax and a CNN run."""
     folder = tmp_path_factory.mktemp("runs")
-    fm.fit(small(steps=10), digits, folder / "softmax")
-    fm.fit(small("cnn", steps=4), digits, folder / "cnn")
+    fit_on_one(small(steps=10), digits, folder / "softmax")
+    fit_on_one(small("cnn", steps=4), digits, folder / "cnn")
     return folder
 
 
@@ -67,7 +67,7 @@ def test_batches_have_curves_only_if_an_epoch_has_at_least_two(few):
     """The 70 images make five batches per epoch."""
     names = {}
     for log_every in (2, 3):
-        run = fm.fit(small(log_every=log_every), few)
+        run = fit_on_one(small(log_every=log_every), few)
         names[log_every] = [picture.name for picture in reports.training_pictures(run)]
     assert names == {2: ["history", "batch_costs", "step_metrics"], 3: ["history", "step_metrics"]}
 
@@ -77,7 +77,7 @@ def test_an_unfinished_run_is_evaluated_on_validation_images(digits, tmp_path):
     stop = threading.Event()
     stop.set()
     with pytest.raises(Stopped):
-        fm.fit(small(steps=20), digits, tmp_path, stop=stop)
+        fit_on_one(small(steps=20), digits, tmp_path, stop=stop)
     sections = {section.title: section.text for section in reports.run_sections(tmp_path, fm.load_run(tmp_path), None)}
     assert "Predictions on the validation images" in sections
     assert re.search(r"steps +\d+ of 20: not finished", sections["Result"])
@@ -192,7 +192,7 @@ def test_user_errors(copy):
 
 def test_a_result_of_another_checkpoint_is_ignored(digits, tmp_path):
     """If the newest checkpoint is lost, the report is about the one before."""
-    fm.fit(small(steps=4, checkpoint_every=2), digits, tmp_path)
+    fit_on_one(small(steps=4, checkpoint_every=2), digits, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints/4")
     facts = reports.facts(fm.load_run(tmp_path))
     assert facts["steps"] == "2 of 4: not finished" and "test accuracy" not in facts

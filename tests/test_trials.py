@@ -109,7 +109,8 @@ def test_vectorised_trials_equal_single_runs_up_to_rounding(name, few):
         np.testing.assert_allclose(losses, loss_of(run), rtol=1e-5)
 
 
-@pytest.mark.parametrize("share_order", [False, slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("share_order", [False, True])
 def test_trials_are_distributed_over_devices(share_order, few):
     """Five trials on two devices need three sequential blocks of two, or one block of six with padding."""
     config = small("mlp", steps=8)

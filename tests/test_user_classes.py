@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import ROOT, assert_same, fit_on_one, slow, small
+from conftest import ROOT, assert_same, fit_on_one, small
 from flax import nnx
 
 import flaxmnist as fm
@@ -108,7 +108,6 @@ def colours(few):
 
 
 MODELS = {"dense": Dense(), "resnet": RESNET, "vit": ViT()}
-NAMES = ["dense", slow("resnet"), slow("vit")]
 
 
 # --- Configs --------------------------------------------------------------------------------------------------------
@@ -172,7 +171,8 @@ def test_an_experiment_file_is_loaded_once_unless_it_changes(tmp_path):
 # --- Training -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_a_resumed_run_is_bitwise_identical_and_its_export_too(name, few, fit_until, tmp_path):
     config = small(
         MODELS[name], optimizer=Adam(learning_rate=1e-2), evaluate_every=1, checkpoint_every=5, ema_decay=0.9, steps=12
