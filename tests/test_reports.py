@@ -123,6 +123,7 @@ def test_an_unfinished_sweep_has_a_report_on_its_finished_trials(few, tmp_path):
     assert "no run is finished" in reports.write([tmp_path])[0].read_text()
 
 
+@pytest.mark.slow
 def test_a_run_without_checkpoint_has_a_report_on_its_records(copy):
     """By default the first checkpoint is saved at the end."""
     shutil.rmtree(copy / "cnn/checkpoints")
@@ -138,6 +139,7 @@ def test_a_run_without_checkpoint_has_a_report_on_its_records(copy):
 WITHOUT_MODEL = {"history", "batch_costs", "step_metrics", "examples", "digit", "values"}
 
 
+@pytest.mark.slow
 def test_a_watched_run_gets_a_new_page_until_it_is_finished(copy, monkeypatch, capsys):
     folder, pages = copy / "softmax", []
     (folder / "result.json").rename(copy / "result.json")
