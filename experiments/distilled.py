@@ -1,4 +1,4 @@
-"""The flagship, trained on the probabilities of a committee for its distorted images instead of labels.
+"""The flagship, with the probabilities of a committee as targets instead of the labels.
 
     python launch/sweep.py experiments/flagship.py --seeds 5 --workdir runs/committee
     python launch/train.py experiments/distilled.py

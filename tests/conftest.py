@@ -46,7 +46,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """Commands that a test calls change where messages go."""
+    """Restore the logger, which commands configure."""
     handlers, propagate, level = logger.handlers, logger.propagate, logger.level
     yield
     logger.handlers, logger.propagate = handlers, propagate

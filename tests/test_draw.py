@@ -47,7 +47,10 @@ console.log(JSON.stringify(logits));
 
 
 MODELS = {
-    "built-in": lambda: [fm.CNN(features=(4, 8), space_to_depth=2, rngs=nnx.Rngs(0))],
+    "built-in": lambda: [
+        fm.CNN(features=(4, 8), space_to_depth=2, rngs=nnx.Rngs(0)),
+        fm.MLP(hidden=(32,), rngs=nnx.Rngs(0)),
+    ],
     "operations": lambda: [Calls(*FUNCTIONS.values())],
     "own": lambda: [
         ViT().make((28, 28, 1), 10, nnx.Rngs(0)),
