@@ -226,16 +226,10 @@ def check(config: Config, data: Dataset, step: Step, arrays: Any, mesh: Mesh, ba
     if backend == "pmap" and (jax.process_count() > 1 or mesh.shape[parallel.MODEL] > 1):
         raise UserError("--backend pmap supports neither several processes nor --model-parallel: use --backend jit")
     order.steps_per_epoch(config, len(data.train.labels))
-    if config.train.monitor not in metrics.METRICS:
-        names = ", ".join(metrics.METRICS)
-        raise UserError(f"train.monitor must be one of {names}, but is {config.train.monitor!r}")
-    if config.data.order == "file" and not data.file_order:
-        raise UserError(f"data.order file needs the original files, not {data.source}: use --data.order shuffled")
     checks.check(config, data, step, arrays, mesh.shape[parallel.BATCH])
     shapes = program.state_shapes(config, data, mesh)
     parallel.check_model(shapes, mesh)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    parallel.check_memory("the state of this model", size, mesh)
+    parallel.check_memory("the state of this model", parallel.bytes_per_device(shapes), mesh)
 
 
 def compile_training(session: Session, state: TrainState) -> Program:

@@ -12,16 +12,17 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, assert_same, main, small
+from conftest import ROOT, assert_same, main, small, user_error
 from PIL import Image
 
 from flaxmnist.core import steps
 from flaxmnist.data import order
 from flaxmnist.devices import parallel, program
 from flaxmnist.errors import UserError
-from flaxmnist.experiment import load_experiment
+from flaxmnist.experiment import load_experiment, read_experiment
 from flaxmnist.runs import fit
 from flaxmnist.speed import benchmarks, torch_peer
+from flaxmnist.sweeps.plan import Experiment
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def brief(monkeypatch):
 def test_results_of_an_experiment_are_consistent(brief, few, tmp_path):
     config = small("mlp", steps=40)
     peers = {"slow": lambda count: time.sleep(count * 0.01), "fast": lambda count: time.sleep(count * 1e-6)}
-    result = benchmarks.measure(config, few, parallel.make_mesh(1), peers)
+    result = benchmarks.measure(Experiment(config, few), parallel.make_mesh(1), peers)
     assert result["name"] == "small"
     assert result["images_per_second"] == result["steps_per_second"] * config.train.batch_size
     operations = program.step_cost(config, few).operations
@@ -57,7 +58,8 @@ def test_results_of_an_experiment_are_consistent(brief, few, tmp_path):
 
 def test_trainer_takes_consecutive_steps_from_the_first(few):
     """The number of steps is exact, also when it exceeds the capacity of the program."""
-    trainer = benchmarks.Trainer(order.resolve_length(small(steps=7), 70), few, parallel.make_mesh(1))
+    experiment = Experiment(order.resolve_length(small(steps=7), 70), few)
+    trainer = benchmarks.Trainer(experiment, parallel.make_mesh(1))
     assert trainer.compile_seconds > 0
     assert trainer.compiled.capacity == 7
     trainer.run(25)
@@ -83,7 +85,7 @@ def test_a_slow_first_step_does_not_shorten_the_timings(brief, monkeypatch):
 def test_full_runs_match_fit(brief, few):
     """The same seeds give exactly the same test accuracies as ``fit``."""
     config = small(steps=30)
-    result = benchmarks.full_runs(config, few, parallel.make_mesh(1), 2)
+    result = benchmarks.full_runs(Experiment(config, few), parallel.make_mesh(1), 2)
     runs = [fit(replace(config, seed=seed), few, devices=1).result.test_accuracy for seed in range(2)]
     assert result["test_accuracy"] == runs
     assert min(result["seconds"]) > 0
@@ -97,7 +99,7 @@ def test_tracks_are_experiments_trained_alone(brief, monkeypatch, capsys, tmp_pa
     for name in benchmarks.TRACKS:
         assert load_experiment(ROOT / f"experiments/{name}.py").name == name
     monkeypatch.setattr(benchmarks, "TRACKS", {"quickstart": 0.5})
-    monkeypatch.setattr(benchmarks, "full_run", lambda config, *_: (2.0, [0.45, 0.55][config.seed]))
+    monkeypatch.setattr(benchmarks, "full_run", lambda experiment, _: (2.0, [0.45, 0.55][experiment.config.seed]))
     assert main("benchmark")(["--tracks", "--runs", "2", "--json", str(tmp_path / "tracks.json")]) == 0
     header, row = capsys.readouterr().out.splitlines()
     assert header.split("  ")[-1].strip() == "reached"
@@ -120,6 +122,37 @@ def test_devices_that_cache_programs_measure_cold_and_warm_startup():
     cold, warm = benchmarks.start_up_times(dict, caches=True).values()
     assert cold == warm
     assert set(cold) == {"JAX_COMPILATION_CACHE_DIR"}
+
+
+def test_a_step_of_the_experiment_is_measured(brief, few):
+    """This one replaces the weights by its arrays, which are the initial weights."""
+
+    def step(config, state, batch, arrays, *, axis_name=None):
+        trained, metrics = steps.train_step(config, state, batch, axis_name=axis_name)
+        return replace(trained, params=arrays), metrics
+
+    def arrays(config, data):
+        return steps.create_state(config, (28, 28, 1), 10).params
+
+    experiment = Experiment(order.resolve_length(small(steps=7), 70), few, step, arrays)
+    trainer = benchmarks.Trainer(experiment, parallel.make_mesh(1))
+    trainer.run(5)
+    assert_same(trainer.state.params, arrays(experiment.config, few))
+
+
+def test_pytorch_is_compared_only_if_it_does_the_same_work():
+    names = {"softmax_epochs": True, "record": True, "flagship": False, "speedrun": False, "steps/sam": False}
+    found = {name: torch_peer.supported(read_experiment(ROOT / f"experiments/{name}.py")) for name in names}
+    assert found == names
+
+
+def test_an_experiment_that_cannot_do_a_single_step_has_no_time_of_it(tmp_path):
+    (tmp_path / "slow.py").write_text("""
+import flaxmnist as fm
+config = fm.replace(fm.load_experiment("quickstart"), "optimizer.accumulate", 4)
+""")
+    with user_error("slow.py cannot train for one step"):
+        benchmarks.start_up_time(tmp_path / "slow.py", None, {})
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed")
@@ -159,7 +192,8 @@ def test_command(tmp_path):
     [
         (["nothing"], "no experiment file"),
         (["a" * 300], "no experiment file"),
-        (["--json", "nowhere/figures.json"], "create the folder nowhere"),
+        (["--json", "nowhere/figures.json"], "use a file in a folder that exists"),
+        (["--json", "."], "cannot write .: use a file"),
         (["--runs", "-1"], "--runs must be at least 0"),
         (["--tracks"], "pass --runs 30"),
     ],

@@ -7,14 +7,17 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from conftest import MODELS, ROOT, assert_same, slow, small
+from conftest import MODELS, ROOT, assert_same, slow, small, user_error
 
 import flaxmnist as fm
+from flaxmnist import runs
 from flaxmnist.config import SGD, Adam, Augment, Config, Data, MLPConfig, SoftmaxConfig
+from flaxmnist.core import steps
 from flaxmnist.data.sets import Split
 from flaxmnist.devices import parallel, program
 from flaxmnist.errors import UserError
 from flaxmnist.speed import benchmarks, scaling
+from flaxmnist.sweeps.plan import Experiment
 
 
 def one_epoch(model: str, dropout: float = 0.0, **data) -> Config:
@@ -50,6 +53,15 @@ def test_parameters_do_not_depend_on_devices(model, backend, devices, digits, fi
 def test_dropout_and_augmentation_do_not_depend_on_devices(backend, devices, digits, fit_on_one_device):
     config = one_epoch("mlp", 0.5, augment=Augment(batch_shift=1, shift=2.0, rotate=10.0))
     assert_close(fm.fit(config, digits, backend=backend, devices=devices), fit_on_one_device(config), 1e-5)
+
+
+def test_a_model_must_fit_into_the_memory_of_its_devices(few, monkeypatch):
+    """Split over eight devices, this state takes an eighth of its 3.3 MB on each, and little more."""
+    monkeypatch.setattr(parallel, "machine_memory", lambda: 8 * 500_000)
+    config = small(MLPConfig(hidden=(1024,)), steps=1)
+    with user_error("the state of this model takes", "use a smaller model"):
+        fm.fit(config, few, devices=8)
+    runs.check(config, few, steps.train_step, None, parallel.make_mesh(8, model_parallel=8), "jit")
 
 
 @pytest.mark.slow
@@ -157,7 +169,7 @@ def test_a_model_that_cannot_be_sharded_is_an_error(few):
 @pytest.mark.parametrize("model", ["softmax", slow("mlp"), slow("cnn")])
 def test_a_step_exchanges_only_the_gradient_and_its_metrics(model, backend, few):
     """The metrics are the sums of loss, correct predictions and images; activations would grow with the batch."""
-    trainer = benchmarks.Trainer(small(model), few, parallel.make_mesh(8), backend)
+    trainer = benchmarks.Trainer(Experiment(small(model), few), parallel.make_mesh(8), backend)
     gradient = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.state.params))
     assert scaling.exchanged_bytes(trainer.compiled) - gradient in (8, 12)
 
@@ -166,7 +178,7 @@ def test_a_step_exchanges_only_the_gradient_and_its_metrics(model, backend, few)
 def test_scaling_report(few, monkeypatch):
     monkeypatch.setattr(benchmarks, "STRETCH_SECONDS", 0.01)
     monkeypatch.setattr(benchmarks, "ROUNDS", 1)
-    rows = scaling.measure(small(SoftmaxConfig(), batch_size=12), few)
+    rows = scaling.measure(Experiment(small(SoftmaxConfig(), batch_size=12), few))
     assert [(row["backend"], row["devices"]) for row in rows] == [(b, n) for b in ("jit", "pmap") for n in (1, 2, 4, 8)]
     assert {row["batch_size"] for row in rows} == {16}, "divisible by eight devices"
     assert all(row[kind]["ratio"] == 1 for row in rows if row["devices"] == 1 for kind in ("strong", "weak"))

@@ -30,8 +30,8 @@ class Arguments:
 def benchmark(arguments: Arguments) -> None:
     """Print a table, and write the requested files."""
     for path in (arguments.json, arguments.plot):
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"cannot write {path}: create the folder {path.parent}, or use another one")
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise UserError(f"cannot write {path}: use a file in a folder that exists")
     if arguments.scaling and (arguments.peer or arguments.runs or arguments.plot):
         raise UserError("--scaling supports only --json: omit --peer, --runs and --plot")
     if arguments.runs < 0:

@@ -111,7 +111,7 @@ def train(arguments: Arguments, clock: console.Clock) -> None:
         program.make_deterministic()
     if arguments.print_config:
         data = load_data(arguments.config.data, arguments.data_dir)
-        print(text.describe_experiment(arguments.config, data))
+        print(text.describe_experiment(arguments.config, data, **arguments.functions))
         return
     with processes.join_processes(
         arguments.coordinator, arguments.processes, arguments.process_id, arguments.heartbeat

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from flaxmnist.config import MODELS, OBJECTIVES, Config
-from flaxmnist.core import layers, steps
+from flaxmnist.core import layers, metrics, steps
 from flaxmnist.core.state import Metrics, TrainState
 from flaxmnist.data.sets import Dataset, Split
 from flaxmnist.errors import UserError
@@ -25,6 +25,11 @@ def check(config: Config, data: Dataset, step: steps.Step, arrays: Any, num_shar
 
     Batches are trained in ``num_shards`` shards; ``arrays`` are those of the step.
     """
+    if config.train.monitor not in metrics.METRICS:
+        names = ", ".join(metrics.METRICS)
+        raise UserError(f"train.monitor must be one of {names}, but is {config.train.monitor!r}")
+    if config.data.order == "file" and not data.file_order:
+        raise UserError(f"data.order file needs the original files, not {data.source}: use --data.order shuffled")
     state = steps.state_shapes(config, data.train.images.shape[1:], data.classes)
     if not isinstance(config.model, MODELS):
         check_model(config, state, data.train, data.classes, num_shards)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,6 +116,12 @@ def machine_memory() -> int:
     path = Path("/sys/fs/cgroup/memory.max")
     limit = path.read_text().strip() if path.is_file() else "max"
     return min(physical, int(limit)) if limit.isdecimal() else physical
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Return the bytes that the arrays of ``tree``, which have shardings, take on one device."""
+    shards = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
 
 
 def check_memory(name: str, size: int, mesh: Mesh) -> None:

@@ -313,17 +313,19 @@ class StepCost(NamedTuple):
     bytes: int  # temporary memory, in addition to state and images
 
 
-def step_cost(config: Config, data: Dataset) -> StepCost:
+def step_cost(
+    config: Config, data: Dataset, step: Step = steps.train_step, arrays: MakeArrays | None = None
+) -> StepCost:
     """Return XLA's cost estimate for one step of ``config``, whose length must be in steps."""
-    direct = fields.replace(config, "train.convolution", "direct")
-    operations = (lower_step(direct, data).cost_analysis() or {}).get("flops", math.nan)
-    memory = lower_step(config, data).compile().memory_analysis()
+    made, direct = step_arrays(arrays, config, data), fields.replace(config, "train.convolution", "direct")
+    operations = (lower_step(direct, data, step, made).cost_analysis() or {}).get("flops", math.nan)
+    memory = lower_step(config, data, step, made).compile().memory_analysis()
     return StepCost(operations, 0 if memory is None else memory.temp_size_in_bytes)
 
 
-def lower_step(config: Config, data: Dataset) -> jax.stages.Lowered:
+def lower_step(config: Config, data: Dataset, step: Step, arrays: Any) -> jax.stages.Lowered:
     """Return one training step, lowered but not compiled."""
     state = steps.state_shapes(config, data.train.images.shape[1:], data.classes)
     indices = jax.ShapeDtypeStruct((config.train.batch_size,), np.int32)
     batch = jax.eval_shape(steps.take_batch, *data.train, indices)
-    return jax.jit(partial(steps.train_step, config), donate_argnums=0).lower(state, batch)
+    return jax.jit(partial(step, config), donate_argnums=0).lower(state, batch, arrays)

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,11 +30,14 @@ from flaxmnist.sweeps.results import Difference, Sweep
 from flaxmnist.sweeps.statistics import summarise
 
 
-def describe_experiment(config: Config, data: Dataset) -> str:
-    """Return the resolved config, the parameters and layers, the operations and the memory that training needs."""
+def describe_experiment(config: Config, data: Dataset, **functions: Any) -> str:
+    """Return the resolved config, the parameters and layers, the operations and the memory that training needs.
+
+    ``functions`` are the experiment's ``step`` and ``arrays``, if it defines them.
+    """
     config, shape = order.resolve_length(config, len(data.train.labels)), data.train.images.shape[1:]
     state = steps.state_shapes(config, shape, data.classes)
-    cost = program.step_cost(config, data)
+    cost = program.step_cost(config, data, **functions)
     state_size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     data_size = data.train.images.nbytes + data.train.labels.nbytes
     return "\n".join(

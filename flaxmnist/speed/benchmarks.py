@@ -29,12 +29,14 @@ from flaxmnist.core import steps
 from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset, load_data
 from flaxmnist.devices import evaluation, parallel, program
-from flaxmnist.experiment import load_experiment
+from flaxmnist.errors import UserError
+from flaxmnist.experiment import read_experiment
 from flaxmnist.loop.advance import Pace, advance
 from flaxmnist.show import canvas, text
 from flaxmnist.speed import torch_peer
 from flaxmnist.store.provenance import versions
 from flaxmnist.store.result import peak_memory
+from flaxmnist.sweeps.plan import Experiment
 
 # Target duration of one timing in seconds, and the number of timings.
 STRETCH_SECONDS = 1.0
@@ -53,11 +55,13 @@ Row = dict[str, Any]
 class Trainer:
     """The training path of ``fit``, starting at step 0."""
 
-    def __init__(self, config: Config, data: Dataset, mesh: Mesh, backend: program.Backend = "jit"):
+    def __init__(self, experiment: Experiment, mesh: Mesh, backend: program.Backend = "jit"):
+        config, data, step, arrays = experiment
         self.state, self.step = program.initial_state(config, data, mesh), 0
-        images = program.put_split(data.train, mesh)
+        images, arrays = program.put_split(data.train, mesh), program.step_arrays(arrays, config, data)
+        arrays = parallel.put(arrays, parallel.replicated(mesh))
         start = time.perf_counter()
-        self.compiled = program.Program(config, self.state, images, mesh, backend)
+        self.compiled = program.Program(config, self.state, images, mesh, backend, step, arrays)
         self.compile_seconds = time.perf_counter() - start
 
     def run(self, count: int) -> None:
@@ -67,13 +71,13 @@ class Trainer:
         jax.block_until_ready(self.state)
 
 
-def full_run(config: Config, data: Dataset, mesh: Mesh) -> tuple[float, float]:
+def full_run(experiment: Experiment, mesh: Mesh) -> tuple[float, float]:
     """Return the training time in seconds and the test accuracy of a full run.
 
     The time covers all training work after compilation, from arrays in host memory to trained parameters: transfer of
     the data to the device, initial values, batch order and steps. It does not include evaluation.
     """
-    trainer = Trainer(config, data, mesh)
+    (config, data, *_), trainer = experiment, Trainer(experiment, mesh)
     start = time.perf_counter()
     trainer.state = program.initial_state(config, data, mesh)
     trainer.compiled.train = program.put_split(data.train, mesh)
@@ -83,9 +87,11 @@ def full_run(config: Config, data: Dataset, mesh: Mesh) -> tuple[float, float]:
     return seconds, evaluation.evaluate(state.model, *data.test).accuracy
 
 
-def full_runs(config: Config, data: Dataset, mesh: Mesh, count: int) -> Row:
+def full_runs(experiment: Experiment, mesh: Mesh, count: int) -> Row:
     """Return the training times in seconds and the test accuracies of full runs with the seeds 0 to ``count`` − 1."""
-    seconds, accuracies = zip(*(full_run(replace(config, seed=seed), data, mesh) for seed in range(count)), strict=True)
+    config, data, *_ = experiment
+    runs = (experiment._replace(config=replace(config, seed=seed)) for seed in range(count))
+    seconds, accuracies = zip(*(full_run(run, mesh) for run in runs), strict=True)
     params = steps.state_shapes(config, data.train.images.shape[1:], data.classes).params
     return {
         "seconds": list(seconds),
@@ -126,13 +132,13 @@ def median(values: np.ndarray | list[float]) -> float:
     return float(np.median(values))
 
 
-def measure(config: Config, data: Dataset, mesh: Mesh, peers: dict[str, Callable[[int], None]]) -> Row:
+def measure(experiment: Experiment, mesh: Mesh, peers: dict[str, Callable[[int], None]]) -> Row:
     """Return the speeds of an experiment, compared with ``peers`` and with the peak rate of the device."""
-    trainer = Trainer(config, data, mesh)
+    (config, data, *_), trainer = experiment, Trainer(experiment, mesh)
     speeds = compare_speeds({"flaxmnist": trainer.run} | peers)
     medians = {name: median(speed) for name, speed in speeds.items()}
     rate = medians.pop("flaxmnist")
-    operations, peak = program.step_cost(config, data).operations, matrix_rate()
+    operations, peak = program.step_cost(*experiment).operations, mesh.size * matrix_rate()
     result = {
         "name": config.name,
         "batch_size": config.train.batch_size,
@@ -156,31 +162,31 @@ def measure(config: Config, data: Dataset, mesh: Mesh, peers: dict[str, Callable
     return result
 
 
-def load(experiment: Path, data_dir: Path | None) -> tuple[Config, Dataset]:
-    """Return the config of an experiment file, with its length in steps, and its data."""
-    config = load_experiment(experiment)
+def load(file: Path, data_dir: Path | None) -> Experiment:
+    """Return the experiment of a file, with its length in steps, and its data."""
+    config, functions = read_experiment(file)
     data = load_data(config.data, data_dir)
-    return order.resolve_length(config, len(data.train.labels)), data
+    return Experiment(order.resolve_length(config, len(data.train.labels)), data, **functions)
 
 
-def run(experiment: Path, data_dir: Path | None, framework: Literal["torch"] | None, runs: int) -> Row:
+def run(file: Path, data_dir: Path | None, framework: Literal["torch"] | None, runs: int) -> Row:
     """Return all results for an experiment file: speeds, startup times and, if ``runs`` is not 0, full runs."""
-    (config, data), mesh = load(experiment, data_dir), parallel.make_mesh()
-    with torch_peer.trainers(experiment, data_dir) if framework else nullcontext({}) as peers:
-        result = measure(config, data, mesh, peers)
-    start_up = start_up_times(partial(start_up_time, experiment, data_dir), jax.default_backend() != "cpu")
-    return result | start_up | ({"runs": full_runs(config, data, mesh, runs)} if runs else {})
+    experiment, mesh = load(file, data_dir), parallel.make_mesh()
+    start_up = start_up_times(partial(start_up_time, file, data_dir), jax.default_backend() != "cpu")
+    with torch_peer.trainers(file, data_dir) if framework else nullcontext({}) as peers:
+        result = measure(experiment, mesh, peers)
+    return result | start_up | ({"runs": full_runs(experiment, mesh, runs)} if runs else {})
 
 
-def run_track(experiment: Path, data_dir: Path | None, runs: int) -> Row:
+def run_track(file: Path, data_dir: Path | None, runs: int) -> Row:
     """Return the results of full runs alone."""
-    config, data = load(experiment, data_dir)
+    experiment = load(file, data_dir)
     return {
-        "name": config.name,
-        "steps": config.train.length,
+        "name": experiment.config.name,
+        "steps": experiment.config.train.length,
         "device": device(),
         "versions": versions(),
-        "runs": full_runs(config, data, parallel.make_mesh(), runs),
+        "runs": full_runs(experiment, parallel.make_mesh(), runs),
     }
 
 
@@ -277,13 +283,18 @@ def start_up_times(measure: Callable[[dict[str, str]], dict[str, float]], caches
 
 
 def start_up_time(experiment: Path, data_dir: Path | None, environment: dict[str, str]) -> dict[str, float]:
-    """Return the seconds from the start of ``flaxmnist train`` to the end of its first step, in total and by phase."""
+    """Return the seconds from the start of ``flaxmnist train`` to the end of its first step, in total and by phase.
+
+    Raise UserError if a run of one step fails.
+    """
     train = [sys.executable, "-m", "flaxmnist.commands", "train"]
     with tempfile.TemporaryDirectory() as folder:
         command = [*train, experiment, "--train.steps", "1", "--workdir", folder, "--log-level", "error"]
         command += ["--data-dir", data_dir] if data_dir else []
         start = time.perf_counter()
-        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, env=os.environ | environment)
+        completed = subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, env=os.environ | environment)
+        if completed.returncode:
+            raise UserError(f"{experiment} cannot train for one step, to time its start: see the message above")
         total = time.perf_counter() - start
         seconds = json.loads((Path(folder) / "result.json").read_text())["seconds"]
     phases = {name: seconds[name] for name in ("import", "data", "compile", "train")}

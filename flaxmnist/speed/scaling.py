@@ -12,10 +12,9 @@ from typing import get_args
 
 import jax
 
-from flaxmnist.config import Config
-from flaxmnist.data.sets import Dataset
 from flaxmnist.devices import parallel, program
 from flaxmnist.speed import benchmarks
+from flaxmnist.sweeps.plan import Experiment
 
 # In XLA's text: the result types of a collective operation, and the bits and shape of an array type.
 COLLECTIVE = re.compile(r"= (.+?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -31,15 +30,17 @@ def exchanged_bytes(compiled: program.Program | program.TrialProgram) -> int:
     return sum(int(bits) // 8 * math.prod(int(side) for side in shape.split(",") if side) for bits, shape in arrays)
 
 
-def measure(config: Config, data: Dataset) -> list[benchmarks.Row]:
+def measure(experiment: Experiment) -> list[benchmarks.Row]:
     """Return a row per backend and number of devices (1, 2, 4, …). The batch size is rounded to divide by them all."""
+    config = experiment.config
     counts, trainers = [2**i for i in range(jax.device_count().bit_length())], {}
     size = max(1, round(config.train.batch_size / counts[-1])) * counts[-1]
     cases = list(product(get_args(program.Backend), counts))
     sizes = {(kind, *case): size * (case[1] if kind == "weak" else 1) for case in cases for kind in KINDS}
     for (kind, backend, count), batch_size in sizes.items():
         resized = replace(config, train=replace(config.train, batch_size=batch_size))
-        trainers[kind, backend, count] = benchmarks.Trainer(resized, data, parallel.make_mesh(count), backend)
+        mesh = parallel.make_mesh(count)
+        trainers[kind, backend, count] = benchmarks.Trainer(experiment._replace(config=resized), mesh, backend)
     speeds = benchmarks.compare_speeds({key: trainer.run for key, trainer in trainers.items()})
     images, rows = {key: sizes[key] * speed for key, speed in speeds.items()}, []
     for backend, count in cases:
@@ -54,8 +55,8 @@ def measure(config: Config, data: Dataset) -> list[benchmarks.Row]:
     return rows
 
 
-def run(experiment: Path, data_dir: Path | None) -> list[benchmarks.Row]:
-    return measure(*benchmarks.load(experiment, data_dir))
+def run(file: Path, data_dir: Path | None) -> list[benchmarks.Row]:
+    return measure(benchmarks.load(file, data_dir))
 
 
 def report(rows: list[benchmarks.Row]) -> str:

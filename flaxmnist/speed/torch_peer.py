@@ -20,7 +20,7 @@ from flaxmnist.config import Config
 from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset, load_data
 from flaxmnist.errors import UserError
-from flaxmnist.experiment import load_experiment
+from flaxmnist.experiment import ExperimentFile, load_experiment, read_experiment
 
 MODES = ("eager", "compiled")
 
@@ -29,12 +29,11 @@ MODES = ("eager", "compiled")
 def trainers(experiment: Path, data_dir: Path | None) -> Iterator[dict[str, Callable[[int], None]]]:
     """Yield one function per PyTorch mode (eager and compiled) that trains ``experiment`` for a number of steps.
 
-    Yield none for a model of the user's, or an optimizer other than SGD and Adam. Raise UserError without PyTorch.
+    Yield none for an experiment that is not ``supported``. Raise UserError without PyTorch.
     """
     if importlib.util.find_spec("torch") is None:
         raise UserError("--peer torch needs PyTorch, which is not installed: pip install torch")
-    config = load_experiment(experiment)
-    if not (isinstance(config.model, configs.MODELS) and isinstance(config.optimizer, configs.SGD | configs.Adam)):
+    if not supported(read_experiment(experiment)):
         yield {}
         return
     command = [sys.executable, "-m", "flaxmnist.speed.torch_peer", *filter(None, (experiment, data_dir))]
@@ -51,6 +50,23 @@ def trainers(experiment: Path, data_dir: Path | None) -> Iterator[dict[str, Call
 
         yield {f"torch {mode}": partial(train, mode) for mode in MODES}
         requests.close()
+
+
+def supported(experiment: ExperimentFile) -> bool:
+    """Return True if a step of ``trainer`` does the same work as one of the experiment."""
+    config, functions = experiment
+    model, optimizer, objective = config.model, config.optimizer, config.objective
+    return (
+        not functions
+        and isinstance(model, configs.MODELS)
+        and (isinstance(model, configs.CNNConfig) or model.dropout == 0)
+        and isinstance(optimizer, configs.SGD | configs.Adam)
+        and (optimizer.accumulate, optimizer.clip_norm) == (1, None)
+        and isinstance(objective, configs.Objective)
+        and objective.label_smoothing == 0
+        and config.data.augment == configs.Augment()
+        and config.train.ema_decay is None
+    )
 
 
 def serve(trainers: dict[str, Callable[[int], None]], requests: Iterable[str]) -> None:
@@ -105,12 +121,12 @@ def make_model(model: configs.Model, data: Dataset) -> Any:
     import torch
     from torch import nn
 
-    height, width = data.train.images.shape[1:3]
+    height, width, channels = data.train.images.shape[1:]
     match model:
         case configs.SoftmaxConfig():
-            return nn.Sequential(nn.Flatten(), nn.Linear(height * width, data.classes))
+            return nn.Sequential(nn.Flatten(), nn.Linear(height * width * channels, data.classes))
         case configs.MLPConfig(hidden=hidden):
-            sizes = [height * width, *hidden]
+            sizes = [height * width * channels, *hidden]
             inner = [layer for pair in zip(sizes, hidden, strict=False) for layer in (nn.Linear(*pair), nn.ReLU())]
             return nn.Sequential(nn.Flatten(), *inner, nn.Linear(sizes[-1], data.classes))
         case configs.CNNConfig(features=features, kernel=kernel, dense=dense):
@@ -121,7 +137,7 @@ def make_model(model: configs.Model, data: Dataset) -> Any:
                 layers += [nn.MaxPool2d(2, ceil_mode=True)]
             layers += [nn.Flatten(), nn.LazyLinear(dense), nn.ReLU(), nn.Dropout(model.dropout)]
             network = nn.Sequential(*layers, nn.Linear(dense, data.classes))
-            network(torch.zeros(1, 1, height, width))  # sets the shapes of the lazy layers
+            network(torch.zeros(1, channels, height, width))  # sets the shapes of the lazy layers
             return network
 
 
