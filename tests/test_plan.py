@@ -1,11 +1,13 @@
 """The trials of a sweep, and which of them share a program."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import small
 
 import flaxmnist as fm
-from flaxmnist.config import SGD, Cosine
+from flaxmnist.config import SGD, Cosine, Data
 from flaxmnist.errors import UserError
 from flaxmnist.sweeps.plan import Experiment, group_trials, plan_trials
 
@@ -21,6 +23,13 @@ def test_trials_are_ordered_by_experiment_setting_and_seed(few):
         (16, 2),
     ]
     assert [type(trial.config.model) for trial in trials[3:5]] == [type(small().model), type(small("mlp").model)]
+
+
+def test_a_shared_order_is_that_of_the_experiment_or_of_the_first_seed(few):
+    for own, shared in ((7, 7), (None, 2)):
+        config = small(data=Data(name="digits", order_seed=own))
+        trials = plan_trials([Experiment(config, few)], [2, 3], [{}], share_order=True)
+        assert [trial.config.data.order_seed for trial in trials] == [shared, shared]
 
 
 @pytest.mark.parametrize(
@@ -57,12 +66,13 @@ def test_trials_of_a_group_share_a_program(model, share_order, exact, groups, fe
         ({"train.batch_size": []}, "there is nothing to train"),
         ({"train.steps": [None], "train.epochs": [None]}, "exactly one of train.steps and train.epochs must be set"),
         ({"seed": [1, 2]}, "seed cannot be swept"),
+        ({"data.order": ["shuffled", "file"]}, "data.order file needs the original files"),
     ],
 )
 def test_invalid_sweeps(over, message, few):
     config = small("mlp", optimizer=SGD(schedule=Cosine(warmup_steps=3)))
     with pytest.raises(UserError, match=message):
-        fm.sweep(config, few, seeds=1, over=over, devices=1)
+        fm.sweep(config, replace(few, file_order=False), seeds=1, over=over, devices=1)
 
 
 def test_too_large_a_sweep_is_refused_before_it_fills_memory(few):

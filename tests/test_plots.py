@@ -198,9 +198,25 @@ def test_filters_and_feature_maps_are_tiled(network, few, figures_by_name):
     np.testing.assert_array_equal(axes.images[0].get_array()[5:9, :4], second[0, :, :, 16])
 
 
+def test_weights_of_a_softmax_for_colours_are_named_by_class_and_channel():
+    model = models.Softmax(shape=(12, 20, 2), classes=3, rngs=nnx.Rngs(0))
+    figure = plots.weights(model, (12, 20, 2), names=("a", "b", "c"))
+    titles = [axes.get_title() for axes in figure.axes[:6]]
+    assert titles == [f"{name}, channel {channel}" for name in "abc" for channel in (0, 1)]
+
+
 def test_values_has_the_range_in_its_title(few):
     pixels = few.train.images
     assert f"70 images of 28×28 pixels, uint8: 0 to {pixels.max()}" in plots.values(pixels).axes[0].get_title()
+
+
+def test_settings_with_long_names_are_not_mixed(sweep):
+    names = [f"optimizer.{'long' * 9}_{field}" for field in "abc"]
+    values = [(1, 1, 1), (1, 2, 1)]
+    members = [replace(sweep.members[0], fields=dict(zip(names, value, strict=True))) for value in values]
+    over = {name: [1, 2] for name in names}
+    mixed = replace(sweep, result=replace(sweep.result, members=tuple(members), over=over))
+    assert list(charts.trials_by_setting(mixed).values()) == [[0], [1]]
 
 
 def test_settings_are_named_by_the_fields_that_vary(sweep):

@@ -11,9 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pandas
 import pytest
-from conftest import ROOT, assert_same, small
+from conftest import ROOT, assert_same, small, user_error
 
 import flaxmnist as fm
+from flaxmnist.config import CNNConfig
 from flaxmnist.console import Progress
 from flaxmnist.devices import parallel
 from flaxmnist.errors import UserError
@@ -74,6 +75,21 @@ def test_several_experiments_in_figures_with_labelled_axes(few):
     for figure in (plots.curves(sweep), plots.distribution(sweep), plots.against(sweep, "optimizer.learning_rate")):
         (axes,) = figure.axes
         assert "accuracy (%)" in axes.get_xlabel() + axes.get_ylabel()
+
+
+def test_equal_seeds_and_settings_are_trained_once(few):
+    sweep = fm.sweep(small("mlp", steps=1), few, seeds=[3, 3], over={"model.hidden": [[8], [8]]}, devices=1)
+    assert [trial.seed for trial in sweep.members] == [3]
+    assert sweep.result.over == {"model.hidden": [[8]]}
+    assert sweep.result.best.test.n == 1
+
+
+def test_every_setting_is_checked_before_the_first_is_trained(few, tmp_path):
+    model = CNNConfig(features=(2, 2), kernel=(3,), dense=4, padding="VALID")
+    settings = [{"model.kernel": kernel} for kernel in (3, 25, 5)]
+    with user_error("28×28"):
+        runner.run_sweep([Experiment(small(model), few)], [0], settings, devices=1, workdir=tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_experiments_need_different_names(few):

@@ -42,6 +42,8 @@ def test_random_settings_are_reproducible():
         (["model.dropout=0..1,log"], 3, "above 0 for log"),
         (["model.dropout=0..1,lin"], 3, "must be LOW..HIGH"),
         (["model.dropout=a..b"], 3, "must be LOW..HIGH"),
+        (["model.dropout=0..1e999"], 3, "must be LOW..HIGH"),
+        (["train.log-every=1", "train.log_every=2"], None, "--over train.log_every is given twice"),
         ([], 3, "the values of at least one --over"),
         (["model.dropout=0..1"], 0, "samples 1 to 100,000 settings"),
     ],

@@ -156,7 +156,7 @@ def trials_by_setting(sweep: Sweep) -> dict[str, list[int]]:
         if trial.failed is None:
             words = ", ".join(f"{field.rpartition('.')[2]} {trial.fields[field]}" for field in varied)
             name = f"{trial.experiment}: {words}" if several and words else words or trial.experiment
-            settings.setdefault(shorten(name, 60), []).append(index)
+            settings.setdefault(name, []).append(index)
     return settings
 
 
@@ -174,7 +174,8 @@ def curves(sweep: Sweep) -> "Figure":
         steps = np.unique(columns["step"][chosen])
         summaries = [summarise(columns["accuracy"][chosen & (columns["step"] == step)]) for step in steps]
         mean, std = (100 * np.array([getattr(summary, key) or 0 for summary in summaries]) for key in ("mean", "std"))
-        (line,) = axes.plot(steps, mean, label=f"{name} (n = {len(trials)})", marker="." if len(steps) < 30 else None)
+        label, marker = f"{shorten(name, 60)} (n = {len(trials)})", "." if len(steps) < 30 else None
+        (line,) = axes.plot(steps, mean, label=label, marker=marker)
         axes.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
     add_legend(fig, axes)
     return fig
@@ -218,7 +219,7 @@ def distribution(sweep: Sweep) -> "Figure":
     jitter = np.random.default_rng(0)
     for y, row in enumerate(rows, start=1):
         axes.scatter(row, y + jitter.uniform(-0.2, 0.2, len(row)), s=20, alpha=0.7, linewidth=0)
-    labels = [f"{name} (n = {len(row)})" for name, row in zip(settings, rows, strict=True)]
+    labels = [f"{shorten(name, 60)} (n = {len(row)})" for name, row in zip(settings, rows, strict=True)]
     axes.set_yticks(range(1, len(rows) + 1), labels)
     axes.invert_yaxis()
     return fig

@@ -24,7 +24,7 @@ from flaxmnist.sweeps.ensembles import load_committee
 MAX_BYTES = 8_000_000  # of a page, unless a larger one is asked for
 
 ERASED = "Small blocks of the drawing are erased, one at a time: how much do the log-odds of the class fall?"
-WEIGHTS = "These are the weights of the class, stronger where there is ink."
+WEIGHTS = "These are the weights of the class, stronger where a pixel has a larger value."
 
 
 def write(

@@ -109,7 +109,10 @@ def weights(model: nnx.Module, shape: Sequence[int] = (28, 28, 1), names: Sequen
     if isinstance(model, models.Softmax):
         fig, tiles = tile_axes(len(kernels), min(len(kernels), 5), 1.3)
         fig.suptitle("evidence for (blue) and against (red) each class", fontsize=10)
-        labels = class_names(len(kernels), names) if len(kernels) == len(names or kernels) else [""] * len(kernels)
+        channels = (*shape, 1)[2]
+        labels = class_names(len(kernels) // channels, names)
+        if channels > 1:
+            labels = [f"{label}, channel {channel}" for label in labels for channel in range(channels)]
         for kernel, label, axes in zip(kernels, labels, tiles, strict=True):
             axes.imshow(kernel, **style)
             axes.set_title(label)

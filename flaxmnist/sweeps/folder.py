@@ -145,8 +145,10 @@ class SweepFolder:
 
     def finish(self, steps: int) -> Sweep:
         """Return and write the results of all trials, which took ``steps`` steps in total. Raise UserError."""
-        sweep, trials = self.summary(steps), self.results.values()
-        if len({trial.params_sha256 for trial in trials}) < len(trials):
+        sweep = self.summary(steps)
+        # The loss as well, because averaged weights may differ although the parameters do not.
+        ends = [(trial.params_sha256, trial.test_loss) for trial in self.results.values() if trial.failed is None]
+        if len(set(ends)) < len(ends):
             logger.warning("some trials have identical final parameters: seed or swept fields have no effect on them")
         if self.path is not None:
             try:

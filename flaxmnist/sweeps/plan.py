@@ -20,6 +20,7 @@ from flaxmnist.data import order
 from flaxmnist.data.sets import Dataset
 from flaxmnist.devices.program import MakeArrays
 from flaxmnist.errors import UserError
+from flaxmnist.sweeps.settings import distinct
 
 # Fields whose values may differ between the trials of one program.
 TRACED = re.compile(
@@ -74,7 +75,8 @@ def plan_trials(
     if len(experiments) * len(settings) * len(seeds) > MAX_TRIALS:
         raise UserError(f"a sweep has at most {MAX_TRIALS:,} trials: pass fewer seeds, values or experiments")
     trials = []
-    for (config, data, step, arrays), setting, seed in itertools.product(experiments, settings, seeds):
+    for experiment, setting, seed in itertools.product(experiments, distinct(settings), distinct(seeds)):
+        config, data, step, arrays = experiment
         if config.train.patience is not None or config.train.stop_accuracy is not None:
             raise UserError("trials of a sweep cannot stop early: set train.patience and train.stop_accuracy to None")
         for name, value in setting.items():
@@ -88,7 +90,7 @@ def plan_trials(
         for given, other in (("train.steps", "train.epochs"), ("train.epochs", "train.steps")):
             if given in setting and other not in setting:
                 config = fields.replace(config, other, None, check=False)
-        if share_order:
+        if share_order and config.data.order_seed is None:
             config = fields.replace(config, "data.order_seed", seeds[0], check=False)
         # Checked only when all values are set, because some are only valid together.
         config = order.resolve_length(replace(config, seed=seed), len(data.train.labels))

@@ -24,6 +24,7 @@ from flaxmnist.store.provenance import DataInfo, DeviceInfo, StepInfo, versions
 from flaxmnist.sweeps.folder import SweepFolder, open_sweep_folder
 from flaxmnist.sweeps.plan import TRACED, Experiment, Group, group_trials, plan_trials
 from flaxmnist.sweeps.results import Sweep, SweepInfo
+from flaxmnist.sweeps.settings import distinct
 from flaxmnist.sweeps.trials import Trials
 
 # Fraction of a device's memory that trials may use.
@@ -71,12 +72,13 @@ def run_sweep(
     overwrite: bool = False,
     stop: threading.Event | None = None,
 ) -> Sweep:
-    """Train every experiment with every setting and seed; save the sweep in ``workdir`` unless it is None."""
+    """Train every experiment with every setting and seed once; save the sweep in ``workdir`` unless it is None."""
     names = [config.name for config, *_ in experiments]
     if len(set(names)) < len(names):
         raise UserError(f"experiments of a sweep need different names, but these are {', '.join(names)}: rename one")
     mesh, trials = parallel.make_mesh(devices), plan_trials(experiments, seeds, settings, share_order)
-    for trial in {(trial.config.name, trial.config.train): trial for trial in trials}.values():
+    groups = group_trials(trials, share_order, exact)
+    for trial in (group.trials[0] for group in groups):
         arrays = step_arrays(trial.arrays, trial.config, trial.data)
         checks.check(trial.config, trial.data, trial.step, arrays, num_shards=1)
         load_initial(trial.config, trial.data)
@@ -84,8 +86,8 @@ def run_sweep(
         experiments=tuple(experiment.config for experiment in experiments),
         steps={config.name: info for config, _, step, _ in experiments if (info := StepInfo.of(step))} or None,
         data=tuple(DataInfo.of(experiment.data) for experiment in experiments),
-        seeds=tuple(seeds),
-        settings=tuple(settings),
+        seeds=tuple(distinct(seeds)),
+        settings=tuple(distinct(settings)),
         share_order=share_order,
         exact=exact,
         devices=DeviceInfo.of(mesh, "jit"),
@@ -98,7 +100,7 @@ def run_sweep(
         )
         try:
             with parallel.memory_errors():
-                for group in group_trials(trials, share_order, exact):
+                for group in groups:
                     train_group(group, mesh, folder, progress, stop or threading.Event())
         finally:
             progress.close()

@@ -2,8 +2,9 @@
 
 import ast
 import itertools
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,12 @@ import numpy as np
 from flaxmnist.errors import UserError
 
 MAX_SETTINGS = 100_000
+MAX_NUMBER = 1e300  # of a range, whose width must not overflow
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """Return ``values``, which may be lists or dicts, without those that occurred before."""
+    return list({json.dumps(value, default=repr): value for value in values}.values())
 
 
 def parse_settings(over: Sequence[str], random: int | None = None) -> list[dict[str, Any]]:
@@ -25,7 +32,10 @@ def parse_settings(over: Sequence[str], random: int | None = None) -> list[dict[
             raise UserError(f"--over {option} must be FIELD=V1,V2,… or FIELD=LOW..HIGH[,log]")
         if random is None and ".." in values:
             raise UserError(f"--over {option} is a range: pass --random N to sample N settings from it")
-        fields[name.replace("-", "_")] = values
+        name = name.replace("-", "_")
+        if name in fields:
+            raise UserError(f"--over {name} is given twice: pass all its values at once, {name}=V1,V2,…")
+        fields[name] = values
     if random is None:
         lists = [parse_values(values) for values in fields.values()]
         if math.prod(map(len, lists)) > MAX_SETTINGS:
@@ -58,7 +68,7 @@ def sample(name: str, values: str, generator: np.random.Generator) -> Any:
         return choices[int(generator.integers(len(choices)))]
     span, _, scale = values.partition(",")
     low, high = (parse_value(word) for word in span.split("..", 1))
-    numbers = all(isinstance(end, int | float) for end in (low, high))
+    numbers = all(isinstance(end, int | float) and abs(end) < MAX_NUMBER for end in (low, high))
     if not numbers or not low < high or scale not in ("", "log") or (scale == "log" and low <= 0):
         raise UserError(f"--over {name}={values} must be LOW..HIGH[,log], with LOW below HIGH (and above 0 for log)")
     if scale == "log":

@@ -15,6 +15,7 @@ from flaxmnist.sweeps.results import (
     SweepResult,
     TrialResult,
 )
+from flaxmnist.sweeps.settings import distinct
 
 
 def summarise(values: Sequence[float] | np.ndarray) -> Summary:
@@ -60,6 +61,7 @@ def summarise_sweep(info: SweepInfo, trials: Sequence[TrialResult], steps_per_se
     """
     finished = [trial for trial in trials if trial.failed is None]
     split = "test" if any(trial.validation_accuracy is None for trial in finished) else "validation"
+    over = {name: distinct(fields[name] for fields in info.settings) for name in info.settings[0]}
     settings: dict[str, list[TrialResult]] = {}
     for trial in trials:
         settings.setdefault(json.dumps(trial.setting), []).append(trial)
@@ -91,7 +93,7 @@ def summarise_sweep(info: SweepInfo, trials: Sequence[TrialResult], steps_per_se
     return SweepResult(
         experiments=tuple(config.name for config in info.experiments),
         seeds=info.seeds,
-        over={name: list(dict.fromkeys(fields[name] for fields in info.settings)) for name in info.settings[0]},
+        over=over,
         members=tuple(trials),
         groups=tuple(groups),
         best=best,

@@ -72,6 +72,7 @@ class Trials:
     ) -> None:
         """Train to the end; call ``save`` when ``save_due()`` and when ``stop`` is set, which then raises Stopped."""
         pace, done = Pace(10.0), progress.step
+        progress.start += self.step * len(self.trials)  # restored, not trained now
         progress.show(done + self.step * len(self.trials))
 
         def report(start: int, count: int, metrics: Metrics) -> None:
