@@ -12,7 +12,7 @@ from flax import nnx
 import flaxmnist as fm
 from flaxmnist.config import Muon
 from flaxmnist.core import layers, steps
-from flaxmnist.core.kernels import Kernel, find_kernels
+from flaxmnist.core.kernels import Kernel, find_kernels, map_kernels
 from flaxmnist.devices import parallel
 
 
@@ -41,12 +41,23 @@ class Model:
 
 def test_axes_of_known_layers():
     heads = {("attention", name, "kernel"): Kernel((0,), (1, 2), dense=True) for name in ("query", "key", "value")}
-    assert find_kernels(Mixed(10, nnx.Rngs(0))) == heads | {
+    kernels = find_kernels(Mixed(10, nnx.Rngs(0)))
+    assert {path: kernel for path, kernel in kernels.items() if kernel} == heads | {
         ("attention", "out", "kernel"): Kernel((0, 1), (2,), dense=True),
         ("conv", "kernel"): Kernel((0, 1, 2), (3,), dense=False),
         ("ours", "kernel"): Kernel((1,), (0,), dense=True),
         ("last", "kernel"): Kernel((0,), (1,), dense=True),
     }
+
+
+def test_layers_of_equal_names_keep_their_own_axes():
+    """Also as arrays of an optimizer, whose paths end in those of the parameters."""
+    dense, conv = Kernel((0,), (1,), dense=True), Kernel((0, 1, 2), (3,), dense=False)
+    kernels = {("out", "kernel"): dense, ("stem", "out", "kernel"): conv, ("own", "out", "kernel"): None}
+    params = {"out": {"kernel": 0}, "stem": {"out": {"kernel": 1}}, "own": {"out": {"kernel": 2}}}
+    expected = {"out": {"kernel": dense}, "stem": {"out": {"kernel": conv}}, "own": {"out": {"kernel": None}}}
+    mapped = map_kernels(lambda _, kernel: kernel, {"mu": params, "count": 0}, kernels)
+    assert mapped == {"mu": expected, "count": None}
 
 
 def test_muon_orthogonalises_the_kernels_and_leaves_the_rest_to_nadam():

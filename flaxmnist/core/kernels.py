@@ -20,8 +20,12 @@ class Kernel(NamedTuple):
     dense: bool  # not a convolution
 
 
-def find_kernels(module: nnx.Module) -> dict[Path, Kernel]:
-    """Return the known kernels of ``module`` by the names and indices that lead to them."""
+# For each parameter of a module, by the path to it: what kernel it is, None if it is not a known one.
+Kernels = dict[Path, Kernel | None]
+
+
+def find_kernels(module: nnx.Module) -> Kernels:
+    """Return the kernels of ``module``."""
     kernels = {}
     for path, layer in nnx.iter_modules(module):
         match layer:
@@ -38,18 +42,18 @@ def find_kernels(module: nnx.Module) -> dict[Path, Kernel]:
             case _:
                 continue
         kernels[(*path, "kernel")] = kernel
-    return kernels
+    return {path: kernels.get(path) for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
-def map_kernels(function: Any, tree: Any, kernels: dict[Path, Kernel]) -> Any:
+def map_kernels(function: Any, tree: Any, kernels: Kernels) -> Any:
     """Return ``function(leaf, kernel)`` of each leaf of a state; None stands for a leaf that belongs to no kernel.
 
-    The optimizer has its own arrays for a kernel, under other names that end in those of the kernel.
+    The optimizer has its own arrays for a parameter, under paths that end in that of the parameter.
     """
 
     def call(path: Any, leaf: Any) -> Any:
         names = tuple(getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path)
-        found = (kernel for name, kernel in kernels.items() if names[-len(name) :] == name)
-        return function(leaf, next(found, None))
+        ends = [names[start:] for start in range(len(names))]  # the longest first: "out" may be a layer of "stem" too
+        return function(leaf, next((kernels[end] for end in ends if end in kernels), None))
 
     return jax.tree_util.tree_map_with_path(call, tree)

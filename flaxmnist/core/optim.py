@@ -12,8 +12,7 @@ from jaxtyping import Array, Int
 from optax.contrib import MuonDimensionNumbers
 
 from flaxmnist import config, fields
-from flaxmnist.core.definition import Path
-from flaxmnist.core.kernels import Kernel, map_kernels
+from flaxmnist.core.kernels import Kernels, map_kernels
 from flaxmnist.errors import UserError
 
 # Root mean square of a Muon update at rate 1 for any matrix shape: about that of Adam, so that the same rates suit both
@@ -63,9 +62,7 @@ def is_matrix(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(
-    optimizer: config.BaseOptimizer, updates: int, kernels: dict[Path, Kernel]
-) -> optax.GradientTransformation:
+def make_optimizer(optimizer: config.BaseOptimizer, updates: int, kernels: Kernels) -> optax.GradientTransformation:
     """Return the transformation that ``optimizer`` describes, for ``updates`` of a model with ``kernels``.
 
     It averages the gradients of ``accumulate`` batches, clips by global norm, and applies the optimizer.

@@ -9,8 +9,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int32, UInt8
 
-from flaxmnist.core.definition import Definition, Path
-from flaxmnist.core.kernels import Kernel, find_kernels
+from flaxmnist.core.definition import Definition
+from flaxmnist.core.kernels import Kernels, find_kernels
 
 
 class Batch(NamedTuple):
@@ -83,8 +83,8 @@ class TrainState:
         return self.buffers if self.statistics is None else self.statistics
 
     @property
-    def kernels(self) -> dict[Path, Kernel]:
-        """The kernels of the model whose layers are known."""
+    def kernels(self) -> Kernels:
+        """The kernels of the model."""
         return find_kernels(self.definition.merge(self.params, self.buffers))
 
     @property

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt8
 from flaxmnist.config import Config, Flat, Objective, Optimizer
 from flaxmnist.core import layers, models, objective, optim
 from flaxmnist.core.augment import augment
-from flaxmnist.core.definition import Path, split
-from flaxmnist.core.kernels import Kernel, find_kernels
+from flaxmnist.core.definition import split
+from flaxmnist.core.kernels import Kernels, find_kernels
 from flaxmnist.core.state import Batch, Gradient, Metrics, Totals, TrainState
 from flaxmnist.data.order import steps_per_epoch
 from flaxmnist.errors import UserError
@@ -69,7 +69,7 @@ def number_of_updates(config: Config) -> int:
     return config.train.length // getattr(config.optimizer, "accumulate", 1)
 
 
-def make_optimizer(config: Config, kernels: dict[Path, Kernel]) -> optax.GradientTransformation:
+def make_optimizer(config: Config, kernels: Kernels) -> optax.GradientTransformation:
     """Return the optimizer of a model with these ``kernels`` for a run of the length in ``config``."""
     optimizer, updates = config.optimizer, number_of_updates(config)
     if isinstance(optimizer, Optimizer):  # of the user's; it may inherit fields from BaseOptimizer
