@@ -93,10 +93,11 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def resume(self, seconds: dict[str, float]) -> None:
-        """Add the ``seconds`` of the run before it was interrupted."""
+        """Add the ``seconds`` of the run before it was interrupted: of each activity, and in "total"."""
+        seconds = dict(seconds)
+        self.earlier_seconds += seconds.pop("total", sum(seconds.values()))  # old checkpoints have no total
         for name, spent in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
-            self.earlier_seconds += spent
 
     def total(self) -> float:
         """Return the seconds since the start, plus those before the run was interrupted."""

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import assert_same, fit_on_one, small
+from conftest import assert_same, fit_on_one, small, user_error
 
 import flaxmnist as fm
 from flaxmnist.errors import UserError
-from flaxmnist.store import manifest
+from flaxmnist.store import checkpoints, manifest
 from flaxmnist.store.load import Run
 
 CONFIG = small("mlp", checkpoint_every=8, evaluate_every=8)
@@ -214,13 +214,18 @@ def test_checkpoint_of_another_version_is_refused_and_kept(copy, few):
     assert file.read_text() == text
 
 
+def test_a_checkpoint_that_a_run_has_removed_meanwhile(copy):
+    with user_error(f"checkpoint {copy}/checkpoints/3 was removed by the run that saves there: try again"):
+        checkpoints.restore(copy / "checkpoints", 3, fm.load_run(copy).state)
+
+
 def test_only_messages_of_orbax_are_suppressed(copy, few, caplog):
     """Other users of its logger, "absl", are heard during a run; level and filters are the same after it."""
     logger = logging.getLogger("absl")
     before = logger.level, list(logger.filters)
     fit_on_one(CONFIG, few, copy.parent / "other", on_evaluation=lambda step, *_: logger.error("%d", step))
     fm.load_run(copy)
-    with pytest.raises(UserError, match="belongs to another model"):
+    with pytest.raises(UserError, match="cannot be restored as this model"):
         fit_on_one(small(), few, copy, resume=True, allow_config_change=True)
     assert (logger.level, logger.filters) == before
     assert [record.message for record in caplog.records if record.name == "absl"] == ["8", "16", "20", "20"]

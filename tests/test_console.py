@@ -88,9 +88,9 @@ def test_the_clock_adds_up_the_seconds_of_each_activity(now):
         raise KeyboardInterrupt
     assert clock.seconds == {"train": 2.0, "evaluate": 1.0, "checkpoint": 2.0}
     assert clock.total() == 11.0
-    clock.resume({"train": 100.0, "data": 7.0})
+    clock.resume({"train": 100.0, "data": 7.0, "total": 110.0})
     assert clock.seconds == {"train": 102.0, "evaluate": 1.0, "checkpoint": 2.0, "data": 7.0}
-    assert clock.total() == 118.0
+    assert clock.total() == 121.0
 
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])

@@ -52,6 +52,12 @@ def test_infinite_final_weights_raise_diverged(few, tmp_path):
             fit_on_one(config, few, folder)
 
 
+@pytest.mark.parametrize("report", ["batch_accuracy", "probabilities"])
+def test_reports_of_nan_do_not_hide_that_the_run_diverged(report, few):
+    with pytest.raises(Diverged, match=r"at step 1 is (nan|inf)"):
+        fit_on_one(small(optimizer=SGD(learning_rate=1e38), report=report), few)
+
+
 def test_nonfinite_loss_raises_diverged(with_nan_losses):
     advice = "try a smaller --optimizer.learning-rate or an --optimizer.clip-norm"
     message = f"the loss at step 7 is nan: training diverged, no checkpoint was saved; {advice}"

@@ -15,12 +15,14 @@ from flaxmnist.core import steps
 from flaxmnist.data import order
 from flaxmnist.data.sets import Split
 
+MLP = MLPConfig(hidden=(10,))  # as many as there are classes
+
 
 @pytest.fixture(scope="module")
 def teacher(few, tmp_path_factory):
     """The folder of a trained MLP with averaged weights."""
     folder = tmp_path_factory.mktemp("teacher")
-    fit_on_one(small("mlp", steps=10, ema_decay=0.9), few, folder)
+    fit_on_one(small(MLP, steps=10, ema_decay=0.9), few, folder)
     return folder
 
 
@@ -35,7 +37,7 @@ def with_classes(data, classes):
 
 
 def test_training_starts_from_the_averaged_weights_of_a_run(teacher, few, tmp_path):
-    config = small("mlp", steps=5, start_from=str(teacher), ema_decay=0.5)
+    config = small(MLP, steps=5, start_from=str(teacher), ema_decay=0.5)
     run = fit_on_one(config, few, tmp_path / "run")
     state = fm.load_run(teacher).state
     rows = order.batch_indices(config, 70, 0, 1)[0]
@@ -49,7 +51,7 @@ def test_training_starts_from_the_averaged_weights_of_a_run(teacher, few, tmp_pa
 
 @pytest.mark.slow
 def test_a_resumed_run_does_not_need_the_other_run(teacher, few, fit_until, tmp_path):
-    config = small("mlp", steps=12, evaluate_every=1, checkpoint_every=5, start_from=str(tmp_path / "teacher"))
+    config = small(MLP, steps=12, evaluate_every=1, checkpoint_every=5, start_from=str(tmp_path / "teacher"))
     teacher.rename(tmp_path / "teacher")
     full = fit_on_one(config, few)
     fit_until(7, config, few, tmp_path / "run")
@@ -59,7 +61,7 @@ def test_a_resumed_run_does_not_need_the_other_run(teacher, few, fit_until, tmp_
 
 @pytest.mark.slow
 def test_a_sweep_starts_from_a_run(teacher, few):
-    config = small("mlp", steps=5, start_from=str(teacher))
+    config = small(MLP, steps=5, start_from=str(teacher))
     sweep = fm.sweep(config, few, seeds=2, devices=1)
     runs = [fit_on_one(replace(config, seed=seed), few) for seed in range(2)]
     assert [trial.params_sha256 for trial in sweep.members] == [run.result.params_sha256 for run in runs]
@@ -67,7 +69,7 @@ def test_a_sweep_starts_from_a_run(teacher, few):
 
 @pytest.mark.parametrize("optimizer", [Adam(weight_decay=0.1), slow(Muon())])
 def test_frozen_parameters_do_not_change(optimizer, few):
-    config = small("mlp", optimizer=optimizer, steps=5, frozen=("layers.0", "layers.1.bias"), ema_decay=0.9)
+    config = small(MLP, optimizer=optimizer, steps=5, frozen=("layers.0", "layers.1.bias"), ema_decay=0.9)
     run, before = fit_on_one(config, few), steps.create_state(config, (28, 28, 1), 10)
     for weights in (run.state.params, run.state.ema):
         (first, last), (first_before, last_before) = (tree["layers"].values() for tree in (weights, before.params))
@@ -80,7 +82,7 @@ def test_frozen_parameters_do_not_change(optimizer, few):
 
 def test_a_head_for_other_classes_is_drawn_anew(teacher, few, caplog):
     caplog.set_level("INFO", logger="flaxmnist")
-    config = small("mlp", steps=5, start_from=str(teacher), frozen=("layers.0",))
+    config = small(MLP, steps=5, start_from=str(teacher), frozen=("layers.0",))
     run = fit_on_one(config, with_classes(few, 7))
     taught = fm.load_run(teacher).state.weights
     assert_same(run.state.params["layers"][0], taught["layers"][0])
@@ -104,12 +106,12 @@ def test_launch(tmp_path, monkeypatch):
 
 
 def test_weights_must_fit(teacher, few, tmp_path):
-    config = small("mlp", start_from=str(teacher))
+    config = small(MLP, start_from=str(teacher))
     colours = {name: Split(np.repeat(s.images, 3, 3), s.labels) for name, s in few.splits().items()}
     wrong = {
         "the weights layers.0.bias of train.start_from": (replace(config, model=MLPConfig(hidden=(8,))), few, {}),
         "layers.0.kernel of train.start_from": (config, replace(few, **colours), {}),
-        "is not a run folder": (small("mlp", start_from=str(tmp_path / "none")), few, {}),
+        "is not a run folder": (small(MLP, start_from=str(tmp_path / "none")), few, {}),
         "has no weights dense.bias": (small("softmax", start_from=str(teacher)), few, {}),
         "pass only one": (config, few, {"initial": fm.load_run(teacher).model}),
         "initial has no weights dense.bias": (small("softmax"), few, {"initial": fm.load_run(teacher).model}),
@@ -122,7 +124,7 @@ def test_weights_must_fit(teacher, few, tmp_path):
 
 def test_frozen_names_must_fit(few, tmp_path):
     with user_error("train.frozen layer fits no parameter: use the beginning of layers.0.bias, layers.0.kernel"):
-        fit_on_one(small("mlp", frozen=("layer",)), few, tmp_path / "run")
+        fit_on_one(small(MLP, frozen=("layer",)), few, tmp_path / "run")
     with user_error("train.frozen contains all parameters"):
-        fm.sweep(small("mlp", frozen=("layers",)), few, seeds=1)
+        fm.sweep(small(MLP, frozen=("layers",)), few, seeds=1)
     assert not (tmp_path / "run").exists()

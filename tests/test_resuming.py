@@ -198,7 +198,7 @@ def test_run_that_cannot_start_deletes_nothing(message, few, tmp_path):
 def test_resume_with_another_model_writes_nothing(few, tmp_path):
     fit_on_one(small(steps=7), few, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")}
-    with pytest.raises(UserError, match="belongs to another model"):
+    with pytest.raises(UserError, match="cannot be restored as this model"):
         fit_on_one(small("mlp", steps=9), few, tmp_path, resume=True, allow_config_change=True)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")} == before
 

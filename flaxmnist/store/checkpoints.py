@@ -57,15 +57,16 @@ def quiet_orbax() -> Iterator[None]:
 @quiet_orbax()
 def restore(folder: Path, step: int, like: TrainState) -> TrainState:
     """Load the state at ``step`` with the shardings of ``like``. Raise UserError if shapes or types differ from it."""
-    arrays = arrays_of(like)
+    arrays, path = arrays_of(like), folder / str(step)
     try:
         with contextlib.closing(ocp.Checkpointer(ocp.StandardCheckpointHandler())) as checkpointer:
-            restored = checkpointer.restore(folder.absolute() / str(step), args=ocp.args.StandardRestore(arrays))
+            restored = checkpointer.restore(path.absolute(), args=ocp.args.StandardRestore(arrays))
     except Exception as error:  # Orbax raises exceptions of all kinds
+        if not path.exists():
+            raise UserError(f"checkpoint {path} was removed by the run that saves there: try again") from None
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"checkpoint {folder / str(step)} belongs to another model: pass its experiment, or --overwrite to start "
-            f"from scratch ({reason})"
+            f"checkpoint {path} cannot be restored as this model: use the experiment it was trained with ({reason})"
         ) from error
     return replace(like, **restored)
 

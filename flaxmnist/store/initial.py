@@ -1,5 +1,7 @@
 """The weights that training starts from, if they are those of another run or of a module in memory."""
 
+import itertools
+
 import numpy as np
 from flax import nnx
 
@@ -20,7 +22,7 @@ def load_initial(config: Config, data: Dataset, initial: nnx.Module | None = Non
     any. If that run had another number of classes, arrays whose size depends on it keep their initial values. Raise
     UserError for any other difference.
     """
-    folder, resized = config.train.start_from, {}
+    folder, resized = config.train.start_from, set()
     if folder is None and initial is None:
         return {}
     if folder is not None and initial is not None:
@@ -29,7 +31,7 @@ def load_initial(config: Config, data: Dataset, initial: nnx.Module | None = Non
         raise UserError(f"initial must be an nnx.Module, such as run.model, but is a {type(initial).__name__}")
     if initial is None:
         trained = load_checkpoint(str(folder), config=config)
-        initial, resized = trained.model, {trained.data.classes: data.classes}
+        initial, resized = trained.model, {(trained.data.classes, data.classes)}
     source = "initial" if folder is None else f"train.start_from {folder}"
     _, *variables = split(initial)
     # Copies, because training donates its arrays.
@@ -41,7 +43,8 @@ def load_initial(config: Config, data: Dataset, initial: nnx.Module | None = Non
     for name, leaf in expected.items():
         if weights[name].shape == leaf.shape:
             continue
-        if tuple(resized.get(size, size) for size in weights[name].shape) != leaf.shape:
+        sizes = itertools.zip_longest(weights[name].shape, leaf.shape)
+        if any(old != new and (old, new) not in resized for old, new in sizes):
             shapes = f"{list(weights[name].shape)}, but the model needs {list(leaf.shape)}"
             raise UserError(f"the weights {name} of {source} are {shapes}: use its model and images of its shape")
         logger.info("%s has another number of classes: %s keeps its initial values", source, name)

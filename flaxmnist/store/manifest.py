@@ -34,7 +34,7 @@ class CheckpointInfo:
 
     accuracy: float | None  # on the validation images, if they were evaluated at this step
     goodness: float | None  # of train.monitor then, larger is better
-    seconds: dict[str, float]  # spent by the run so far, by activity
+    seconds: dict[str, float]  # spent by the run so far, by activity and in "total"
     run: dict[str, Any]  # a RunInfo as JSON, so that reading needs none of the user's classes
 
 

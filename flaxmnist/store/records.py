@@ -1,6 +1,7 @@
 """The records of a run: metrics.jsonl, one JSON object per line."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,15 @@ class Records:
 
 
 def to_json_value(value: Any) -> Any:
-    """Return ``value`` with NumPy types converted for JSON; a float32 becomes the shortest decimal that round-trips."""
+    """Return ``value`` with NumPy types converted for JSON.
+
+    A float32 becomes the shortest decimal that round-trips; infinities and NaN, which JSON lacks, become None.
+    """
     if isinstance(value, np.ndarray) and value.ndim:
         return [to_json_value(item) for item in value]
     if isinstance(value, np.ndarray | np.generic):
-        return float(str(value)) if value.dtype == np.float32 else value.item()
-    return value
+        value = float(str(value)) if value.dtype == np.float32 else value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -102,14 +102,13 @@ class NoFolder:
 class RunFolder(NoFolder):
     """Records, events and checkpoints of a run. With several processes all save, but only the first writes the rest."""
 
-    advice = "--resume continues"
-
     def __init__(self, path: Path, lock: Lock, run: RunInfo, finished: bool, step: int | None, clock: Clock):
         """Prepare to resume from the intact checkpoint at ``step``, without changing anything."""
         from flaxmnist.store.checkpoints import Checkpoints
 
         super().__init__()
         self.path, self.lock, self.run, self.finished, self.clock = path, lock, run, finished, clock
+        self.advice = f"--resume continues {path}"
         self.checkpoints = Checkpoints(path / "checkpoints", run.config.train.keep, step)
         self.retry_at: float | None = None  # time of the next attempt to save; None if the last save succeeded
         self.saved_at = time.monotonic()
@@ -221,7 +220,7 @@ class RunFolder(NoFolder):
         accuracy, good = None, None
         if last and last["step"] == int(state.step):
             accuracy, good = last["accuracy"], goodness(self.run.config.train.monitor, last)
-        seconds, run = dict(self.clock.seconds), fields.to_json(self.run)
+        seconds, run = self.clock.seconds | {"total": self.clock.total()}, fields.to_json(self.run)
         info = CheckpointInfo(accuracy=accuracy, goodness=good, seconds=seconds, run=run)
         checkpoints.save(state, info, bytes(self.records.text))
 
