@@ -334,7 +334,7 @@ class Data:
     """The data set and the order of its images."""
 
     name: DataName = "mnist"  # idx, npz: files in --data-dir; arrays: in memory, for fit
-    validation: Natural | None = None  # first images of the training file held out; None: 5,000, at most an eighth
+    validation: Natural | None = None  # first images of the training file held out; None: 5,000, or an eighth if less
     order: Literal["shuffled", "file"] = "shuffled"  # shuffled again each epoch, or as in the file
     order_seed: Natural | None = None  # seed of the shuffling; None: the run's seed
     last_batch: Literal["keep", "drop"] = "keep"  # keep or drop the last batch of an epoch if it is short

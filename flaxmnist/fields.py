@@ -134,6 +134,8 @@ class FieldType:
                 names += map(repr, arguments)
             elif origin is tuple:
                 self.types.append(tuple)
+                if len({*arguments} - {...}) > 1:
+                    raise UserError(f"{choice}: the items of a tuple must have one type; use a field for each")
                 self.items = FieldType(arguments[0])
                 self.length = None if arguments[-1] is ... else len(arguments)
                 names.append(f"a tuple of {'' if self.length is None else f'{self.length} '}{self.items.name}")
@@ -281,8 +283,11 @@ def get(value: Any, name: str) -> Any:
 def replace(value: Any, name: str, new: Any, *, check: bool = True) -> Any:
     """Return a copy of ``value`` in which the field with the dotted ``name`` is ``new``.
 
-    For a tuple, ``new`` may also be a list, or the only item. Without ``check``, it may be a traced value.
+    For a tuple, ``new`` may also be a list, or the only item. Raise UserError if there is no such field, or if ``new``
+    is not valid. Without ``check``, it may be a traced value.
     """
+    if check:
+        get(value, name)  # raises UserError if there is no such field
     first, _, rest = name.partition(".")
     inner = replace(getattr(value, first), rest, new, check=check) if rest else new
     if not rest and isinstance(getattr(value, first), tuple):

@@ -22,6 +22,11 @@ def test_metrics_by_hand():
     assert scores["calibration_error"] == pytest.approx((abs(1 - 1.8) + abs(0 - 1.0)) / 4)
 
 
+def test_of_equal_logits_the_first_are_the_most_probable():
+    scores = score(np.zeros((4, 4), np.float32), np.arange(4)).scores
+    assert scores["accuracy"] == 0.25 and scores["top2_accuracy"] == 0.5
+
+
 def test_calibration_error_by_hand():
     """Two predictions at 0.9, one of them correct, and two at 0.6, both correct: each pair is off by 0.4."""
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])

@@ -126,6 +126,9 @@ def test_default_folder_is_the_one_of_tensorflow_datasets(
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     load_data("mnist")
     assert len(list((tmp_path / "home" / "tensorflow_datasets" / "downloads").iterdir())) == 4
+    monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket/data")
+    with user_error("gs://bucket/data is not on a file system"):
+        load_data("mnist")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "named"))
     load_data("mnist")
     assert len(list((tmp_path / "named" / "downloads").iterdir())) == 4

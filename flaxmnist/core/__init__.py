@@ -1,1 +1,1 @@
-"""Pure functions of arrays: no devices, no disk, no printing, no jit."""
+"""Pure functions of arrays: no disk, no printing, no choice of devices. They are compiled elsewhere."""

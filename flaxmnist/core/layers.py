@@ -133,13 +133,12 @@ class Conv(nnx.Module):
         return (max_pool(x) if pool else x) + self.bias[None, None, None, :]
 
 
-def output_size(size: int, window: int, padding: Padding, stride: int = 1) -> int:
-    """Return how many pixels a convolution or pooling outputs along an axis of ``size`` pixels.
+def output_size(size: int, window: int, padding: Padding) -> int:
+    """Return how many pixels a convolution outputs along an axis of ``size`` pixels.
 
-    SAME pads so that every ``stride``-th pixel is the centre of a window: ceil(size / stride). VALID does not pad:
-    ceil((size − window + 1) / stride). For 28 pixels, a window of 5 gives 28 or 24 at stride 1, 14 or 12 at stride 2.
+    SAME pads so that each pixel is the centre of a window; VALID does not pad: a window of 5 gives 24 pixels of 28.
     """
-    return -(-size // stride) if padding == "SAME" else max(0, -(-(size - window + 1) // stride))
+    return size if padding == "SAME" else max(0, size - window + 1)
 
 
 @jax.custom_vjp

@@ -1,1 +1,1 @@
-"""Data sets and the order of their images, with NumPy only."""
+"""Data sets and the order of their images, without JAX."""

@@ -54,9 +54,10 @@ def fetch(url: str, target: Path, checksum: str, size: int) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for leftover in target.parent.glob(f"{target.name}.*.part"):
-            # Remove what killed downloads left, but not the files of downloads in progress.
-            if time.time() - leftover.stat().st_mtime > 3600:
-                leftover.unlink(missing_ok=True)
+            # Remove what killed downloads left, but not the files of downloads in progress, which may end now.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - leftover.stat().st_mtime > 3600:
+                    leftover.unlink()
         with open(partial, "xb") as file:
             if not terminal:
                 print(f"downloading {url} ({size:,} bytes)", file=sys.stderr, flush=True)

@@ -47,7 +47,7 @@ class Dataset:
     ) -> "Dataset":
         """Return a data set of arrays in memory: images uint8 [n, h, w] or [n, h, w, c], labels integers [n] from 0.
 
-        ``validation`` is the number of training images to hold out, the first ones (None: 5,000, at most an eighth).
+        ``validation`` is the number of training images to hold out, the first ones (None: 5,000, or an eighth if less).
         """
         values = map(np.asarray, (train_images, train_labels, test_images, test_labels))
         arrays: dict[str, np.ndarray] = dict(zip(sources.ARRAYS, values, strict=True))
@@ -75,10 +75,9 @@ def load_data(data: Data | str, data_dir: str | Path | None = None) -> Dataset:
     if isinstance(data, str):
         data = Data(name=data)  # pyright: ignore[reportArgumentType]
     FieldType(Data).check(data, "data")
-    if data_dir is not None:
-        check_local(data_dir)
-    folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    return split_files(sources.load_files(data.name, folder, data.order), data)
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    check_local(folder)
+    return split_files(sources.load_files(data.name, Path(folder).expanduser(), data.order), data)
 
 
 def split_files(files: Files, data: Data) -> Dataset:

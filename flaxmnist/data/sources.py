@@ -23,6 +23,8 @@ from flaxmnist.errors import UserError
 logger = logging.getLogger("flaxmnist")
 
 # The files of a data set: images and labels for training, then for testing.
+MAX_LABEL = 65_535
+
 STEMS = ("train-images", "train-labels", "t10k-images", "t10k-labels")
 
 
@@ -94,8 +96,8 @@ def from_arrays(
         if not np.issubdtype(labels.dtype, np.integer) or labels.size != len(labels) or labels.size != len(images):
             found = f"{labels.dtype} {list(labels.shape)} for {len(images)} images"
             raise UserError(f"{hint}{split}_labels must be integers, one for each image, but is {found}")
-        if labels.size == 0 or labels.min() < 0:
-            raise UserError(f"{hint}{split}_labels must be at least 0, and there must be at least one")
+        if labels.size == 0 or labels.min() < 0 or labels.max() > MAX_LABEL:
+            raise UserError(f"{hint}{split}_labels must be in [0, {MAX_LABEL}], and there must be at least one")
         splits.append(make_split(images, labels.reshape(-1), name))
     return Files(source, True, *splits, class_names=tuple(class_names))
 
