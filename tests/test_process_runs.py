@@ -142,10 +142,20 @@ def wait_for_step(process: subprocess.Popen, step: int) -> None:
     raise AssertionError("the run ended early")
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    """The folder of a run of two processes with 400 steps."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "small.py").write_text(SMALL)
+    completed = run_local(2, folder / "small.py", "--workdir", folder / "run", *LONG, "--train.steps", "400")
+    assert completed.returncode == 0, completed.stderr
+    return folder / "run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_a_lost_process_ends_the_others(victim, how, experiment, tmp_path):
+def test_a_lost_process_ends_the_others(victim, how, uninterrupted, experiment, tmp_path):
     with start_processes(2, experiment, "--workdir", tmp_path / "run", "--heartbeat", "10", *LONG) as run:
         wait_for_step(run[0], 250)
         run[victim].send_signal({"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[how])
@@ -158,10 +168,8 @@ def test_a_lost_process_ends_the_others(victim, how, experiment, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     step = int(re.search(r"resuming from the checkpoint at step (\d+)", resumed.stderr)[1])
     assert step >= 200, "only the steps since the last checkpoint are lost"
-    uninterrupted = run_local(2, experiment, "--workdir", tmp_path / "uninterrupted", *LONG, "--train.steps", "400")
-    assert uninterrupted.returncode == 0, uninterrupted.stderr
-    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "uninterrupted/metrics.jsonl").read_bytes()
-    assert result(tmp_path / "run")["params_sha256"] == result(tmp_path / "uninterrupted")["params_sha256"]
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+    assert result(tmp_path / "run")["params_sha256"] == result(uninterrupted)["params_sha256"]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Signals stop a run at any time."""
 
+import itertools
 import os
 import re
 import signal
@@ -86,9 +87,10 @@ def handles(process: int, number: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", signals.SIGNALS)
-@pytest.mark.parametrize("delay", [0.5, 1.0, 1.5, 2.0, 3.0, 6.0])
-def test_a_run_exits_with_75_at_any_time(number, delay, tmp_path):
+@pytest.mark.parametrize(
+    ("delay", "number"), list(zip([0.5, 1.0, 1.5, 2.0, 3.0, 6.0], itertools.cycle(signals.SIGNALS), strict=False))
+)
+def test_a_run_exits_with_75_at_any_time(delay, number, tmp_path):
     """While it imports modules, loads data, compiles, trains or saves."""
     (tmp_path / "small.py").write_text(SMALL)
     command = [sys.executable, ROOT / "launch/train.py", tmp_path / "small.py", "--workdir", tmp_path / "run"]
