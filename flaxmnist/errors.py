@@ -1,6 +1,7 @@
 """Errors that end a command, and their exit codes."""
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -57,13 +58,28 @@ def exit_code(command: Callable[[], None]) -> int:
 
     Any other exception than those below is a bug and propagates with its traceback.
     """
+    code = 0
     for stream in (sys.stdout, sys.stderr):
         # Replace characters that the terminal's encoding lacks.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        command()
+        code = call(command)
         sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
+        # Prevent a second error when Python flushes standard output at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:  # otherwise its reader is gone, as in `… | head`
+            print_message(f"cannot write the output: {error.strerror}; write it elsewhere")
+            code = UserError.exit_code
+    return code
+
+
+def call(command: Callable[[], None]) -> int:
+    try:
+        command()
     except (UserError, Diverged, BelowTarget, Stopped) as error:
         print_message(str(error))
         return error.exit_code
@@ -73,7 +89,4 @@ def exit_code(command: Callable[[], None]) -> int:
     except SystemExit as error:
         # The argument parser has printed its message.
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BrokenPipeError:
-        # The reader of standard output is gone (`… | head`); prevent a second error when Python flushes it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

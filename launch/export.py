@@ -1,4 +1,4 @@
-"""Export a run as safetensors and StableHLO: python launch/export.py, the same as flaxmnist export."""
+"""Export a run, and a page to draw digits on: python launch/export.py, the same as flaxmnist export."""
 
 import sys
 

@@ -18,10 +18,8 @@ for ((i = 0; i < count; i++)); do
     processes+=($!)
 done
 
-# Forward signals to the processes. (Ctrl-C in a terminal reaches them directly.)
-trap 'kill -TERM "${processes[@]}" 2>/dev/null' TERM
-trap 'kill -USR1 "${processes[@]}" 2>/dev/null' USR1
-trap : INT
+# Forward signals to the processes. (Ctrl-C in a terminal reaches them directly too, which counts as one signal.)
+for signal in TERM USR1 INT; do trap "kill -$signal \"\${processes[@]}\" 2>/dev/null" $signal; done
 
 # A signal interrupts wait, so repeat it until each process has ended. Of several exit codes, 75 (stopped) takes
 # precedence over that of a lost process.

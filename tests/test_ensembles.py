@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import small
+from conftest import small, user_error
 
 import flaxmnist as fm
 from flaxmnist.core.definition import split
@@ -64,6 +64,11 @@ def test_members_are_the_models_of_the_best_setting(saved_sweep):
     assert [params_sha256(split(member)[1]) for member in members] == [trial.params_sha256 for trial in best[:2]]
     with pytest.raises(UserError, match="there is no sweep in"):
         fm.load_members(folder / "parts")
+
+
+def test_a_sweep_is_not_a_run(saved_sweep):
+    with user_error("is the folder of a sweep: pass that of a run"):
+        fm.load_run(saved_sweep[1])
 
 
 def test_sweep_without_a_best_setting_has_no_ensemble(few, tmp_path):

@@ -264,6 +264,14 @@ def test_a_missing_extra_is_reported_with_its_command(package, mlp_export, monke
     assert exports.evaluate(tmp_path / "model.onnx").count == 360
 
 
+def test_without_any_extra_an_earlier_export_is_removed(mlp_export, monkeypatch, tmp_path):
+    shutil.copytree(mlp_export, tmp_path, dirs_exist_ok=True)
+    for package in ("flatbuffers", "safetensors", "onnx"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert main("export")([str(mlp_export.parent), "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"draw.html"}
+
+
 def test_an_unwritable_folder_is_reported(mlp_export, capsys):
     assert main("export")([str(mlp_export.parent), "--out", str(mlp_export / "load.py/within")]) == 2
     message = capsys.readouterr().err

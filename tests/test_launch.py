@@ -147,6 +147,12 @@ MISTAKES = {
     "a step of an export": (["evaluate", "model.stablehlo", "--step", "3"], "omit --step"),
     "an ensemble of an export": (["evaluate", "model.safetensors", "--ensemble"], "omit --ensemble"),
     "no run to predict with": (["predict", "nowhere", "image.png"], "nowhere is not a run folder"),
+    "a file to predict with": (["predict", "EXPERIMENT", "image.png"], "is not a run folder: config.json is missing"),
+    "a picture of another format": (["evaluate", "nowhere", "--plot", "a.jpg"], "pictures are PNG files: use a.png"),
+    "a picture in no folder": (
+        ["predict", "nowhere", "a.png", "--plot", "no/a.png"],
+        "cannot write no/a.png: use a file",
+    ),
     "resume without a folder": (["train", "EXPERIMENT", "--resume"], "--resume needs a run folder: pass --workdir"),
     "percent": (["train", "EXPERIMENT", "--min-accuracy", "95"], "--min-accuracy must be a fraction in [0, 1]"),
     "a trace without a folder": (["train", "EXPERIMENT", "--profile-at", "5"], "pass --profile with the folder for it"),
@@ -176,6 +182,23 @@ def test_a_user_error_exits_with_2(name, experiment, tmp_path, monkeypatch, caps
     assert printed.out == ""
     if name not in ("unknown field", "not a number"):  # for these the argument parser prints a box
         assert len(printed.err.splitlines()) == 1
+
+
+def test_output_on_a_full_disk_is_an_error_of_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, ROOT / "launch/report.py", "--help"]
+        completed = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    message = "flaxmnist: cannot write the output: No space left on device; write it elsewhere\n"
+    assert (completed.returncode, completed.stderr) == (2, message)
+
+
+def test_a_reader_that_leaves_does_not_change_the_exit_code():
+    for arguments, code in ((["--help"], 0), (["nowhere"], 2)):
+        with subprocess.Popen(
+            [sys.executable, ROOT / "launch/report.py", *arguments], stdout=subprocess.PIPE
+        ) as process:
+            process.stdout.close()
+        assert process.returncode == code
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_predict_shows_the_images(digits, few, tmp_path, capsys):
     assert main("predict")([*command, "--json"]) == 0
     predictions = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert f"own/a.png: {predictions[0]['class']}\n" in shown
-    for path, message in {"nowhere/seen.png": "use another file", "seen.jpg": "pictures are PNG files"}.items():
+    for path, message in {"nowhere/seen.png": "use a file in a folder", "seen.jpg": "pictures are PNG files"}.items():
         assert main("predict")([*command, "--plot", str(tmp_path / path)]) == 2
         assert message in capsys.readouterr().err
 

@@ -14,6 +14,8 @@ def test_combinations_in_order():
         {"optimizer.learning_rate": 0.1, "model.padding": "SAME"},
         {"optimizer.learning_rate": 0.1, "model.padding": "VALID"},
     ]
+    hidden = [{"model.hidden": (8, 8)}, {"model.hidden": [16]}]
+    assert settings.parse_settings(["model.hidden=(8,8),[16]"]) == hidden
     assert settings.parse_settings(["train.clip_norm=None,1"]) == [{"train.clip_norm": None}, {"train.clip_norm": 1}]
 
 

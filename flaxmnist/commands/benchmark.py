@@ -10,6 +10,7 @@ import tyro
 from flaxmnist.commands import command
 from flaxmnist.errors import UserError, exit_code
 from flaxmnist.experiment import find_experiment
+from flaxmnist.show import canvas
 from flaxmnist.speed import benchmarks, scaling
 
 SYSTEMS = ("softmax_beginners", "softmax_epochs", "mlp_scratch", "cnn_experts", "cnn_layers")
@@ -29,9 +30,9 @@ class Arguments:
 
 def benchmark(arguments: Arguments) -> None:
     """Print a table, and write the requested files."""
-    for path in (arguments.json, arguments.plot):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise UserError(f"cannot write {path}: use a file in a folder that exists")
+    canvas.check_file(arguments.plot)
+    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
+        raise UserError(f"cannot write {arguments.json}: use a file in a folder that exists")
     if arguments.scaling and (arguments.peer or arguments.runs or arguments.plot):
         raise UserError("--scaling supports only --json: omit --peer, --runs and --plot")
     if arguments.runs < 0:

@@ -30,6 +30,7 @@ class Arguments:
 
 def evaluate(arguments: Arguments) -> None:
     """Print loss, accuracy and results per class; for a sweep, the trials and their ensemble."""
+    canvas.check_file(arguments.plot)
     program.use_compilation_cache()
     config = load_classes(arguments.experiment)
     is_sweep = os.path.exists(arguments.workdir / "sweep.json")

@@ -26,6 +26,7 @@ class Arguments:
 
 def predict(arguments: Arguments) -> None:
     """Print each image as the model sees it, and the class probabilities."""
+    canvas.check_file(arguments.plot)
     program.use_compilation_cache()
     config = load_classes(arguments.experiment)
     predictions = predict_files(arguments.workdir, arguments.images, arguments.step, config, arguments.shifts)

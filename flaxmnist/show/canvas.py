@@ -106,10 +106,17 @@ def shorten(name: str, max_length: int = 40) -> str:
     return f"{' ' if text.startswith('_') else ''}{text}".replace("$", r"\$")
 
 
+def check_file(path: Path | None) -> None:
+    """Raise UserError if a picture cannot be written to ``path``, before the work for it begins."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise UserError(f"pictures are PNG files: use {path.with_suffix('.png')} instead of {path}")
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"cannot write {path}: use a file in a folder that exists")
+
+
 def save(fig: "Figure", path: Path) -> None:
     """Write the figure to the PNG file ``path``. Raise UserError if that fails."""
-    if path.suffix.lower() != ".png":
-        raise UserError(f"pictures are PNG files: use {path.with_suffix('.png')} instead of {path}")
+    check_file(path)
     try:
         path.write_bytes(png(fig))
     except OSError as error:

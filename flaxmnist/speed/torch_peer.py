@@ -65,7 +65,7 @@ def supported(experiment: ExperimentFile) -> bool:
         and isinstance(objective, configs.Objective)
         and objective.label_smoothing == 0
         and config.data.augment == configs.Augment()
-        and config.train.ema_decay is None
+        and (config.train.ema_decay, config.train.compute_dtype) == (None, "float32")
     )
 
 

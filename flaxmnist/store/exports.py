@@ -83,8 +83,6 @@ def write(trained: Trained, folder: Path) -> list[Path]:
             contents[name] = make(trained)
         except UserError as error:
             logger.warning("no %s: %s", name, error)
-    if not contents:
-        return []
     digests = {Path(name).suffix: sha256(content) for name, content in contents.items()}
     if "model.stablehlo" in contents:
         shape = ", ".join(map(str, ("n", *trained.data.shape)))
@@ -97,6 +95,9 @@ def write(trained: Trained, folder: Path) -> list[Path]:
             write_file(folder / name, content)
         for name in {*FORMATS, "load.py"} - {*contents}:
             (folder / name).unlink(missing_ok=True)
+        if not contents:
+            (folder / "model.json").unlink(missing_ok=True)
+            return []
         config, step = fields.to_json(trained.config), int(trained.state.step)
         info = ExportInfo(config=config, data=trained.data, step=step, jax=jax.__version__, sha256=digests)
         write_json(folder / "model.json", info)
@@ -180,7 +181,7 @@ def read_export(file: Path) -> tuple[bytes, ExportInfo]:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
     if not info_file.exists():
-        raise UserError(f"{file} has no {info_file.name} next to it: copy it from the export")
+        raise UserError(f"{file} has no {info_file.name} next to it: copy the model.json of the export there")
     info = read_json(info_file, ExportInfo)
     if sha256(content) != info.sha256.get(file.suffix):
         raise UserError(f"{file} does not match its SHA-256 in {info_file}: export the run again")

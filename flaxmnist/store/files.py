@@ -44,7 +44,7 @@ def read_json(path: Path, kind: type[Content], classes: Iterable[type] = ()) -> 
     """
     try:
         values = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path.parent} is not a run folder: {path.name} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None

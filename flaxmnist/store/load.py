@@ -91,6 +91,8 @@ def load_checkpoint(workdir: str | Path, which: str | int = "latest", config: Co
 
     check_local(workdir)
     folder = Path(workdir)
+    if (folder / "sweep.json").exists():
+        raise UserError(f"{folder} is the folder of a sweep: pass that of a run")
     saved = manifest.find(folder / "checkpoints", str(which))
     run = read_run_info(folder, saved, classes_of(config))
     if saved is None:

@@ -50,7 +50,9 @@ def parse_settings(over: Sequence[str], random: int | None = None) -> list[dict[
 
 
 def parse_values(values: str) -> list[Any]:
-    return [parse_value(word) for word in values.split(",")]
+    """Return values that are separated by commas, such as "0.1,0.3", "relu,gelu" or "(8,8),(16,)"."""
+    literals = parse_value(f"[{values}]")
+    return literals if isinstance(literals, list) else [parse_value(word) for word in values.split(",")]
 
 
 def parse_value(word: str) -> Any:
