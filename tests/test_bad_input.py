@@ -194,7 +194,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@cases(5, 300)
+@cases(5, 150)
 def test_run_folders(count, few, tmp_path):
     """With any file damaged or replaced, a run can be loaded and resumed, or is refused."""
     config = small(steps=4, checkpoint_every=2)
@@ -222,7 +222,7 @@ def test_run_folders(count, few, tmp_path):
     try_all(count, case, check)
 
 
-@cases(5, 300)
+@cases(5, 150)
 def test_sweep_folders(count, few, tmp_path):
     def sweep(folder, **options):
         return run_sweep([Experiment(small(steps=2), few)], [0, 1], [{}], devices=1, workdir=folder, **options)

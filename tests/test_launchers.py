@@ -74,11 +74,11 @@ def result(folder: Path) -> dict[str, Any]:
 def test_slurm_requeues_a_job_that_its_signal_stopped(slurm, tmp_path):
     """The resumed run is bitwise identical to an uninterrupted one."""
     experiment, output = tmp_path / "small.py", tmp_path / "output"
-    experiment.write_text(SMALL.replace("STEPS", "1200"))
+    experiment.write_text(SMALL.replace("STEPS", "700"))
     options = ["--nodes", "1", "--ntasks-per-node", "2"]
     job = submit(slurm, output, options, [tmp_path / "run", experiment])
     # SLURM would send this signal before the time limit of the job, but it checks time limits only every 30 s.
-    wait_until(lambda: output.exists() and "step 400," in output.read_text(), 300, output)
+    wait_until(lambda: output.exists() and "step 200," in output.read_text(), 300, output)
     subprocess.run(["scancel", "--signal", "USR1", job], env=slurm, check=True)
     wait_until(lambda: has_ended(slurm, job), 300, output)
     printed = output.read_text()
