@@ -117,3 +117,16 @@ def test_the_pace_is_measured(monkeypatch):
     fast = Pace(1.0)
     Counter(capacity=1000).advance(5000, pace=fast)
     assert fast.steps_per_second > 1000
+
+
+def test_the_pace_counts_the_time_in_which_processes_agree(monkeypatch):
+    """With several processes, that is where they wait for a chunk: here 20 ms for each one of 10 steps."""
+
+    def agree(*values):
+        time.sleep(0.02)
+        return values
+
+    monkeypatch.setattr(module.processes, "agree", agree)
+    pace = Pace(1e9)
+    Counter(capacity=10).advance(100, pace=pace)
+    assert 0 < pace.steps_per_second <= 500

@@ -56,14 +56,15 @@ def advance(
 
     ``state`` is donated. ``report(start, count, metrics)`` is called for each chunk, in order, before this returns.
     """
-    unreported, stopping, pausing = None, False, False
+    unreported, reported_at, stopping, pausing = None, time.perf_counter(), False, False
     while step < until and not stopping and not pausing:
         count = max(1, int(min(until - step, program.capacity, pace.steps_per_second * CHUNK_SECONDS)))
-        start_time = time.perf_counter()
         state, metrics = program(state, step, count)
         if unreported is not None:
             report(*unreported)
-            pace.steps_per_second = unreported[1] / (time.perf_counter() - start_time)
+            # From report to report, because with several processes ``agree`` waits for the chunk, not ``report``.
+            now = time.perf_counter()
+            pace.steps_per_second, reported_at = unreported[1] / (now - reported_at), now
         unreported = step, count, metrics
         step += count
         # Agree after each chunk, so that all processes stop or pause at the same step.
