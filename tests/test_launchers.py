@@ -74,7 +74,7 @@ def result(folder: Path) -> dict[str, Any]:
 def test_slurm_requeues_a_job_that_its_signal_stopped(slurm, tmp_path):
     """The resumed run is bitwise identical to an uninterrupted one."""
     experiment, output = tmp_path / "small.py", tmp_path / "output"
-    experiment.write_text(SMALL.replace("STEPS", "700"))
+    experiment.write_text(SMALL.replace("STEPS", "1000"))
     options = ["--nodes", "1", "--ntasks-per-node", "2"]
     job = submit(slurm, output, options, [tmp_path / "run", experiment])
     # SLURM would send this signal before the time limit of the job, but it checks time limits only every 30 s.
