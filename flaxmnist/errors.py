@@ -56,13 +56,13 @@ def print_message(message: str) -> None:
 def exit_code(command: Callable[[], None]) -> int:
     """Run ``command``, print the message of the error that ends it, and return the exit code.
 
-    Any other exception than those below is a bug and propagates with its traceback.
+    Any exception but those of ``call``, and of writing the output, is a bug and propagates with its traceback.
     """
-    code = 0
     for stream in (sys.stdout, sys.stderr):
         # Replace characters that the terminal's encoding lacks.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    code = 0
     try:
         code = call(command)
         sys.stdout.flush()
@@ -78,6 +78,7 @@ def exit_code(command: Callable[[], None]) -> int:
 
 
 def call(command: Callable[[], None]) -> int:
+    """Run ``command``, print the message of the error that ends it, and return the exit code."""
     try:
         command()
     except (UserError, Diverged, BelowTarget, Stopped) as error:
