@@ -56,7 +56,7 @@ def print_message(message: str) -> None:
 def exit_code(command: Callable[[], None]) -> int:
     """Run ``command``, print the message of the error that ends it, and return the exit code.
 
-    Any exception but those of ``call``, and of writing the output, is a bug and propagates with its traceback.
+    Any exception but those of ``run_command``, and of writing the output, is a bug and propagates with its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         # Replace characters that the terminal's encoding lacks.
@@ -64,7 +64,7 @@ def exit_code(command: Callable[[], None]) -> int:
             stream.reconfigure(errors="replace")
     code = 0
     try:
-        code = call(command)
+        code = run_command(command)
         sys.stdout.flush()
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
@@ -77,7 +77,7 @@ def exit_code(command: Callable[[], None]) -> int:
     return code
 
 
-def call(command: Callable[[], None]) -> int:
+def run_command(command: Callable[[], None]) -> int:
     """Run ``command``, print the message of the error that ends it, and return the exit code."""
     try:
         command()

@@ -146,7 +146,7 @@ def test_pytorch_is_compared_only_if_it_does_the_same_work():
     assert found == names
 
 
-def test_an_experiment_that_cannot_do_a_single_step_has_no_time_of_it(tmp_path):
+def test_the_start_of_an_experiment_that_cannot_train_for_one_step_is_an_error(tmp_path):
     (tmp_path / "slow.py").write_text("""
 import flaxmnist as fm
 config = fm.replace(fm.load_experiment("quickstart"), "optimizer.accumulate", 4)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,7 +115,7 @@ if sys.argv[sys.argv.index("--process-id") + 1] == "1":
 
 @pytest.mark.slow
 def test_a_run_resumes_on_other_devices_and_processes(experiment, digits, tmp_path):
-    """From one process with eight devices to two with two each, and back to one process with one device."""
+    """From one process with eight devices to two with two each, and back to one process with one device or eight."""
     config = fm.load_experiment(experiment)
     expected = fm.fit(config, digits, devices=1)
     folder = tmp_path / "run"
@@ -122,11 +123,13 @@ def test_a_run_resumes_on_other_devices_and_processes(experiment, digits, tmp_pa
     completed = run_local(2, experiment, "--workdir", folder, "--resume", "--train.steps", 40, devices=2)
     assert completed.returncode == 0, completed.stderr
     assert "resuming from the checkpoint at step 20" in completed.stderr
-    fm.fit(config, digits, folder, devices=1, resume=True)
     wanted = {record["step"]: record["loss"] for record in expected.history if record["split"] == "train"}
-    resumed = {record["step"]: record["loss"] for record in read_lines(folder) if record["split"] == "train"}
-    assert list(resumed) == list(wanted)
-    np.testing.assert_allclose(list(resumed.values()), list(wanted.values()), rtol=1e-3)
+    for devices in (1, 8):
+        copy = shutil.copytree(folder, tmp_path / str(devices))
+        run = fm.fit(config, digits, copy, devices=devices, resume=True)
+        resumed = {record["step"]: record["loss"] for record in run.history if record["split"] == "train"}
+        assert list(resumed) == list(wanted)
+        np.testing.assert_allclose(list(resumed.values()), list(wanted.values()), rtol=1e-3)
 
 
 LONG = ("--train.steps", "4000", "--train.checkpoint-every", "100", "--train.evaluate-every", "None")

@@ -220,10 +220,13 @@ def test_losses_with_batch_normalisation_do_not_depend_on_devices(digits):
     config = fm.load_experiment(ROOT / "experiments/resnet.py")
     config = fm.replace(config, "optimizer.learning_rate", 5e-4)
     config = replace(config, train=replace(config.train, epochs=1, log_every=1, evaluate_every=None))
-    one, eight = (fm.fit(config, digits, devices=devices).history for devices in (1, 8))
-    one, eight = ([record["loss"] for record in history if record["split"] == "train"] for history in (one, eight))
-    assert len(one) == 26
-    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    losses = {}
+    for devices in (1, 2, 8):
+        history = fm.fit(config, digits, devices=devices).history
+        losses[devices] = [record["loss"] for record in history if record["split"] == "train"]
+    assert len(losses[1]) == 26
+    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-5)
+    np.testing.assert_allclose(losses[8], losses[1], rtol=1e-5)
 
 
 @pytest.mark.slow

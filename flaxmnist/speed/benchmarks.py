@@ -77,7 +77,8 @@ def full_run(experiment: Experiment, mesh: Mesh) -> tuple[float, float]:
     The time covers all training work after compilation, from arrays in host memory to trained parameters: transfer of
     the data to the device, initial values, batch order and steps. It does not include evaluation.
     """
-    (config, data, *_), trainer = experiment, Trainer(experiment, mesh)
+    config, data, *_ = experiment
+    trainer = Trainer(experiment, mesh)
     start = time.perf_counter()
     trainer.state = program.initial_state(config, data, mesh)
     trainer.compiled.train = program.put_split(data.train, mesh)
@@ -134,7 +135,8 @@ def median(values: np.ndarray | list[float]) -> float:
 
 def measure(experiment: Experiment, mesh: Mesh, peers: dict[str, Callable[[int], None]]) -> Row:
     """Return the speeds of an experiment, compared with ``peers`` and with the peak rate of the device."""
-    (config, data, *_), trainer = experiment, Trainer(experiment, mesh)
+    config, data, *_ = experiment
+    trainer = Trainer(experiment, mesh)
     speeds = compare_speeds({"flaxmnist": trainer.run} | peers)
     medians = {name: median(speed) for name, speed in speeds.items()}
     rate = medians.pop("flaxmnist")

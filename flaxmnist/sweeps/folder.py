@@ -147,8 +147,8 @@ class SweepFolder:
         """Return and write the results of all trials, which took ``steps`` steps in total. Raise UserError."""
         sweep = self.summary(steps)
         # The loss as well, because averaged weights may differ although the parameters do not.
-        ends = [(trial.params_sha256, trial.test_loss) for trial in self.results.values() if trial.failed is None]
-        if len(set(ends)) < len(ends):
+        outcomes = [(trial.params_sha256, trial.test_loss) for trial in self.results.values() if trial.failed is None]
+        if len(set(outcomes)) < len(outcomes):
             logger.warning("some trials have identical final parameters: seed or swept fields have no effect on them")
         if self.path is not None:
             try:
